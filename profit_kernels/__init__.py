@@ -1,0 +1,25 @@
+"""Fused operators for training sub-4-bit networks with PROFIT (Park & Yoo, ECCV 2020).
+
+Importing this package compiles nothing, loads no native library and touches no GPU.
+"""
+
+from .dispatch import BackendError, available_backends, set_backend, use_backend
+from .ops.aiwq.op import aiwq_conv2d, aiwq_kl
+from .ops.depthwise.op import depthwise_conv2d, duq_depthwise_conv2d
+from .ops.duq.op import duq_codes, duq_fake_quantize, duq_fake_quantize_weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "aiwq_conv2d",
+    "aiwq_kl",
+    "available_backends",
+    "depthwise_conv2d",
+    "duq_codes",
+    "duq_depthwise_conv2d",
+    "duq_fake_quantize",
+    "duq_fake_quantize_weights",
+    "set_backend",
+    "use_backend",
+]

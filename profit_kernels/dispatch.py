@@ -1,0 +1,158 @@
+"""The only place where a backend is chosen.
+
+`auto` takes, for each operator, the first backend of PREFERENCE that can serve the call. A backend asked for by name either
+serves the call or raises BackendError; nothing falls back in silence. The environment variable PROFIT_BACKEND sets the
+choice at start: `cpp`, or per operator, `duq=cpp,depthwise=reference`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from . import native
+
+log = logging.getLogger("profit_kernels")
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+OPS = ("duq", "duq_codes", "depthwise", "duq_depthwise", "aiwq", "aiwq_conv")
+
+_HALVES = (torch.float32, torch.bfloat16, torch.float16)
+
+# What each backend has a kernel for: operator -> dtypes. The reference serves every operator, device and float dtype.
+_KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
+    "cpp": {"duq": (*_HALVES, torch.float64)},
+    "triton": {"duq": _HALVES},
+    "cuda": {},
+}
+
+# Fastest first, as measured. The Triton interpreter is for tests and is never chosen by `auto`.
+PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("triton", "reference")}
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot serve the call."""
+
+
+def _parse(setting: str) -> dict[str, str]:
+    choice = dict.fromkeys(OPS, "auto")
+    for part in filter(None, (p.strip() for p in setting.split(","))):
+        op, _, name = part.rpartition("=")
+        choice.update(_validated(name, (op,) if op else OPS))
+    return choice
+
+
+def _validated(name: str, ops: Iterable[str]) -> dict[str, str]:
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"unknown backend {name!r}; known: auto, {', '.join(BACKENDS)}")
+    for op in ops:
+        if op not in OPS:
+            raise ValueError(f"unknown operator {op!r}; known: {', '.join(OPS)}")
+    return dict.fromkeys(ops, name)
+
+
+_choice = _parse(os.environ.get("PROFIT_BACKEND", ""))
+_logged: set[tuple[str, str, str]] = set()
+
+
+def set_backend(name: str, ops: Iterable[str] | None = None) -> None:
+    """Use backend `name` (or "auto") from here on, for the operators `ops` (all of them by default).
+
+    Raises ValueError for an unknown backend or operator. Whether the backend can serve a call is known at the call.
+    """
+    _choice.update(_validated(name, OPS if ops is None else tuple(ops)))
+
+
+@contextmanager
+def use_backend(name: str, ops: Iterable[str] | None = None) -> Iterator[None]:
+    """`set_backend` for the length of a with-block."""
+    before = dict(_choice)
+    set_backend(name, ops)
+    try:
+        yield
+    finally:
+        _choice.update(before)
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run on CPU tensors, under its interpreter (for tests)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+def missing(backend: str, device_type: str) -> str | None:
+    """Why this machine cannot run `backend` on such a device; None if it can."""
+    if backend == "cpp":
+        return "it runs on the CPU only" if device_type != "cpu" else native.why_missing()
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if device_type == "cpu" and not triton_interpreted():
+            return "on CPU tensors it runs only under Triton's interpreter (TRITON_INTERPRET=1)"
+        return None if device_type in ("cpu", "cuda") else f"it does not run on {device_type}"
+    if backend == "cuda":
+        return "this version has no CUDA C++ kernels"
+    return None
+
+
+def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot serve such a call of `op`; None if it can."""
+    if backend == "reference":
+        return None
+    absent = missing(backend, device_type)
+    if absent is not None:
+        return absent
+    dtypes = _KERNELS[backend].get(op)
+    if dtypes is None:
+        return f"it has no kernel for {op}"
+    if dtype not in dtypes:
+        return f"its {op} kernel takes no {dtype}"
+    return None
+
+
+def choose(op: str, x: Tensor) -> str:
+    """The backend for this call of `op`. Raises BackendError if the one asked for by name cannot serve it."""
+    device_type, dtype, asked = x.device.type, x.dtype, _choice[op]
+    if asked != "auto":
+        reason = why_not(op, asked, device_type, dtype)
+        if reason is not None:
+            able = [b for b in BACKENDS if why_not(op, b, device_type, dtype) is None]
+            raise BackendError(
+                f"backend {asked!r} cannot serve {op} on {device_type} with {dtype}: {reason}. These can: {', '.join(able)}; "
+                f"or set_backend({asked!r}, ops=...) for the operators it has, and \"auto\" for the rest"
+            )
+        return asked
+    for backend in PREFERENCE.get(device_type, ("reference",)):
+        if why_not(op, backend, device_type, dtype) is None:
+            if not torch.compiler.is_compiling() and (op, device_type, backend) not in _logged:
+                _logged.add((op, device_type, backend))
+                log.info("%s on %s: backend %s", op, device_type, backend)
+            return backend
+    return "reference"
+
+
+def available_backends(device_type: str | None = None) -> tuple[str, ...]:
+    """Names of the backends that can run here, on `device_type` ("cpu", "cuda") or on any device this machine has.
+
+    `missing(backend, device_type)` says why one is not among them.
+    """
+    here = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    devices = here if device_type is None else (device_type,)
+    return tuple(b for b in BACKENDS if any(missing(b, d) is None for d in devices))
+
+
+def plan(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """Operator -> the backend that the present choice gives it on such a device, or the reason why it has none."""
+    rows = {}
+    for op in OPS:
+        asked = _choice[op]
+        candidates = (asked,) if asked != "auto" else PREFERENCE.get(device_type, ("reference",))
+        able = [b for b in candidates if why_not(op, b, device_type, dtype) is None]
+        rows[op] = able[0] if able else f"none: {asked} asked for, but {why_not(op, asked, device_type, dtype)}"
+    return rows

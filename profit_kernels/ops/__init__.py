@@ -1,0 +1,1 @@
+"""One folder per operator: reference (the maths), op (schema and registrations), kernels and launch (Triton)."""

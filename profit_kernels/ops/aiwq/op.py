@@ -1,0 +1,109 @@
+"""Schemas, registrations and public entries of AIWQ. Statistics: not differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from ...checks import check_quantizer, pads, pair
+from . import reference
+
+EPS = 1e-12  # added to both variances; far below that of a live channel, enough for a dead one to give 0 and not NaN
+
+torch.library.define("profit_kernels::aiwq_kl", "(Tensor y_new, Tensor y_old, float eps) -> Tensor")
+torch.library.define(
+    "profit_kernels::aiwq_conv2d",
+    "(Tensor x, Tensor y_new, Tensor weight_old, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
+    "float pad_value, Tensor? a_x, Tensor? c_x, int? act_bits, bool signed, float offset, str activation, float eps) -> Tensor",
+)
+
+
+@torch.library.impl("profit_kernels::aiwq_kl", "default")
+def _kl(y_new, y_old, eps):
+    dispatch.choose("aiwq", y_new)
+    with torch.no_grad():
+        return reference.kl(y_new, y_old, eps)
+
+
+@torch.library.impl("profit_kernels::aiwq_conv2d", "default")
+def _conv_kl(x, y_new, *rest):
+    dispatch.choose("aiwq_conv", x)
+    with torch.no_grad():
+        return reference.conv_kl(x, y_new, *rest)
+
+
+@torch.library.register_fake("profit_kernels::aiwq_kl")
+def _(y_new, y_old, eps):
+    return y_new.new_empty(y_new.shape[1], dtype=torch.float32)
+
+
+@torch.library.register_fake("profit_kernels::aiwq_conv2d")
+def _(x, y_new, *rest):
+    return y_new.new_empty(y_new.shape[1], dtype=torch.float32)
+
+
+def aiwq_kl(y_new: Tensor, y_old: Tensor, *, eps: float = EPS) -> Tensor:
+    """KL divergence of new from old outputs, per channel.
+
+    Args:
+        y_new, y_old: one shape, [N, C, ...]; any float dtype (moments in float64, unbiased variance).
+        eps: added to both variances.
+
+    Returns: [C], float32, no gradient. A channel with NaN, or with a single sample, is NaN.
+    Raises: ValueError if the shapes differ.
+    Source: PROFIT (Park & Yoo, ECCV 2020), section 3.2; docs/maths.md, section 3.
+    """
+    if y_new.shape != y_old.shape or y_new.dim() < 2:
+        raise ValueError(
+            f"aiwq_kl: both outputs must have one shape [N, C, ...], got {tuple(y_new.shape)} and {tuple(y_old.shape)}"
+        )
+    return torch.ops.profit_kernels.aiwq_kl(y_new.detach(), y_old.detach(), eps)
+
+
+def aiwq_conv2d(
+    x: Tensor,
+    y_new: Tensor,
+    weight_old: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    pad_value: float = 0.0,
+    a_x: Tensor | None = None,
+    c_x: Tensor | None = None,
+    act_bits: int | None = None,
+    signed: bool = False,
+    offset: float = 0.0,
+    activation: str = "none",
+    eps: float = EPS,
+) -> Tensor:
+    """KL of a layer's output from what the same input gives with its previous quantized weight.
+
+    Args:
+        x: [N, C_in, H, W], the layer's raw input: the op applies the activation and the input quantizer itself.
+        y_new: [N, C_out, H_out, W_out], the layer's output, before BatchNorm.
+        weight_old: quantized weight (values, not codes) of the previous iteration; bias: [C_out] or None.
+        stride, padding, dilation, groups: of the layer; padding as depthwise_conv2d takes it.
+        pad_value: the layer's own border, -0.375 behind an h-swish quantizer.
+        a_x, c_x, act_bits, signed, offset, activation: of the input quantizer; act_bits None means act(x) alone.
+
+    Returns: [C_out], float32, no gradient; unclamped. NaN as aiwq_kl.
+    Raises: ValueError for arguments out of their range.
+    """
+    op = "aiwq_conv2d"
+    if act_bits is not None:
+        if a_x is None or c_x is None:
+            raise ValueError(f"{op}: act_bits={act_bits} needs a_x and c_x")
+        check_quantizer(op, x, a_x, c_x, act_bits, signed, offset, activation)
+        a_x, c_x = a_x.detach(), c_x.detach()
+    geometry = (list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1)))
+    bias = None if bias is None else bias.detach()
+    return torch.ops.profit_kernels.aiwq_conv2d(
+        x.detach(), y_new.detach(), weight_old.detach(), bias, *geometry, groups, pad_value,
+        a_x, c_x, act_bits, signed, offset, activation, eps,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""DuQ, the differentiable and unified quantizer (PROFIT, section 4.1)."""

@@ -1,0 +1,94 @@
+"""Triton kernels of DuQ. Compile with enable_fp_fusion=False: a fused u*s + magic flips codes at the edges.
+
+    u = (act(x) - d) / A          true division (div_rn)
+    y = C * (round(clip(u, lo, 1) * s) / s) + d
+    gx = g * C/A * act'(x) inside the clip;  gA = sum(-g * C/A * u) inside;  gC = sum(g * q)
+
+Tensors are walked in memory order; `inner` elements in a row share one (A, C) pair, `channels` pairs in all.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# 1.5 * 2^23: adding and subtracting it rounds a float32 below 2^22 to an integer, half to even.
+_MAGIC = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _clip(v, lo, hi):
+    v = tl.maximum(v, lo, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, hi, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "relu6":
+        x = _clip(x, 0.0, 6.0)
+    elif ACTIVATION == "hardswish":
+        x = tl.div_rn(tl.maximum(x, -3.0, propagate_nan=tl.PropagateNan.ALL) * _clip(x + 3.0, 0.0, 6.0), 6.0)
+    return x
+
+
+@triton.jit
+def _activate_grad(g, x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        g = tl.where(x > 0.0, g, 0.0)
+    elif ACTIVATION == "relu6":
+        g = tl.where((x > 0.0) & (x < 6.0), g, 0.0)
+    elif ACTIVATION == "hardswish":
+        g = tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, g * (tl.div_rn(x, 3.0) + 0.5), g))
+    return g
+
+
+@triton.jit
+def _quantize(u, lo, s):
+    code = _clip(u, lo, 1.0) * s
+    return tl.div_rn((code + _MAGIC) - _MAGIC, s)
+
+
+@triton.jit
+def duq_forward(
+    x_ptr, A_ptr, C_ptr, y_ptr, n, inner, s, lo, offset,
+    PER_CHANNEL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < n
+    channel = at // inner if PER_CHANNEL else 0
+    A = tl.load(A_ptr + channel, mask=live, other=1.0) if PER_CHANNEL else tl.load(A_ptr)
+    C = tl.load(C_ptr + channel, mask=live, other=1.0) if PER_CHANNEL else tl.load(C_ptr)
+    h = _activate(tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32), ACTIVATION)
+    y = C * _quantize(tl.div_rn(h - offset, A), lo, s) + offset
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def duq_backward(
+    g_ptr, x_ptr, A_ptr, C_ptr, gx_ptr, partial_ptr, inner, blocks, s, lo, offset,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Program (j, k) takes up to TILES * BLOCK elements of channel k and writes its two sums to partial[:, k, j]."""
+    j, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    A, C = tl.load(A_ptr + k), tl.load(C_ptr + k)
+    ratio = tl.div_rn(C, A)
+    sum_A = tl.zeros([BLOCK], dtype=tl.float32)
+    sum_C = tl.zeros([BLOCK], dtype=tl.float32)
+    for tile in range(TILES):
+        row = (j.to(tl.int64) * TILES + tile) * BLOCK + tl.arange(0, BLOCK)
+        live = row < inner
+        at = k * inner + row
+        g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
+        u = tl.div_rn(_activate(x, ACTIVATION) - offset, A)
+        inside = (u > lo) & (u < 1.0)
+        gh = tl.where(inside, g * ratio, 0.0)
+        gx = _activate_grad(gh, x, ACTIVATION)
+        tl.store(gx_ptr + at, gx.to(gx_ptr.dtype.element_ty), mask=live)
+        sum_A += tl.where(inside, -gh * u, 0.0)
+        sum_C += g * _quantize(u, lo, s)
+    channels = tl.num_programs(1)
+    tl.store(partial_ptr + k * blocks + j, tl.sum(sum_A))
+    tl.store(partial_ptr + (channels + k) * blocks + j, tl.sum(sum_C))

@@ -1,0 +1,148 @@
+"""Schema, registrations and public entry of DuQ."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import dispatch
+from ...checks import check_quantizer
+from . import cpp, reference
+
+_SETTINGS = "int bits, bool signed, float offset, str activation"
+
+torch.library.define("profit_kernels::duq", f"(Tensor x, Tensor a, Tensor c, {_SETTINGS}) -> Tensor")
+torch.library.define(
+    "profit_kernels::duq_backward", f"(Tensor grad, Tensor x, Tensor a, Tensor c, {_SETTINGS}) -> (Tensor, Tensor, Tensor)"
+)
+torch.library.define("profit_kernels::duq_codes", f"(Tensor x, Tensor a, {_SETTINGS}) -> Tensor")
+
+
+@torch.library.impl("profit_kernels::duq", "default")
+def _duq(x, a, c, bits, signed, offset, activation):
+    backend = dispatch.choose("duq", x)
+    if backend == "cpp":
+        return cpp.forward(x, a, c, bits, signed, offset, activation)
+    if backend == "triton":
+        from . import launch
+
+        return launch.forward(x, a, c, bits, signed, offset, activation)
+    return reference.forward(x, a, c, bits, signed, offset, activation)
+
+
+@torch.library.impl("profit_kernels::duq_backward", "default")
+def _duq_backward(grad, x, a, c, bits, signed, offset, activation):
+    backend = dispatch.choose("duq", x)
+    if backend == "cpp":
+        return cpp.backward(grad, x, a, c, bits, signed, offset, activation)
+    if backend == "triton":
+        from . import launch
+
+        return launch.backward(grad, x, a, c, bits, signed, offset, activation)
+    return reference.backward(grad, x, a, c, bits, signed, offset, activation)
+
+
+@torch.library.impl("profit_kernels::duq_codes", "default")
+def _duq_codes(x, a, bits, signed, offset, activation):
+    dispatch.choose("duq_codes", x)
+    return reference.codes(x, a, bits, signed, offset, activation)
+
+
+@torch.library.register_fake("profit_kernels::duq")
+def _(x, a, c, bits, signed, offset, activation):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("profit_kernels::duq_backward")
+def _(grad, x, a, c, bits, signed, offset, activation):
+    return torch.empty_like(x), torch.empty_like(a), torch.empty_like(c)
+
+
+@torch.library.register_fake("profit_kernels::duq_codes")
+def _(x, a, bits, signed, offset, activation):
+    return torch.empty_like(x, dtype=torch.int8 if signed else torch.uint8)
+
+
+def _setup_context(ctx, inputs, output):
+    x, a, c, *settings = inputs
+    ctx.save_for_backward(x, a, c)
+    ctx.settings = settings
+
+
+def _autograd(ctx, grad):
+    grads = torch.ops.profit_kernels.duq_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    return *grads, None, None, None, None
+
+
+def no_double_backward(name: str):
+    """An autograd formula that says that `name` has none, instead of a gradient that is silently missing."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{name} cannot be differentiated twice: its gradient is straight-through, not a function to derive")
+
+    return refuse
+
+
+torch.library.register_autograd("profit_kernels::duq", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("profit_kernels::duq_backward", no_double_backward("duq_fake_quantize"))
+
+
+def duq_fake_quantize(
+    x: Tensor, a: Tensor, c: Tensor, *, bits: int, signed: bool = False, offset: float = 0.0, activation: str = "none"
+) -> Tensor:
+    """Quantize and dequantize `act(x)` with DuQ; differentiable in x, a and c.
+
+    Args:
+        x: any shape, float32, bfloat16, float16 (computed in float32) or float64. Non-contiguous and empty are fine.
+        a, c: raw clipping interval and raw scale, A = softplus(a) and C = softplus(c); one value, or one per index of
+            dimension 0 of x (weights: per output channel). float32, or float64 with float64 x.
+        bits: 2 to 8.
+        signed: codes from -(2^(bits-1) - 1) to 2^(bits-1) - 1, else 0 to 2^bits - 1.
+        offset: the lower bound d <= 0 of the input, such as -0.375 for h-swish; unsigned only.
+        activation: "none", "relu", "relu6" or "hardswish", applied to x first.
+
+    Returns:
+        C * q + d, with the shape, dtype and memory format of x. NaN stays NaN; infinities clip.
+
+    Raises:
+        ValueError, TypeError: an argument out of its range. BackendError: the backend asked for cannot serve the call.
+
+    Source: PROFIT (Park & Yoo, ECCV 2020), section 4.1; the gradients are in docs/maths.md, section 1.
+    Under autocast x is taken in the dtype it comes in, and a, c stay in float32.
+    """
+    check_quantizer("duq_fake_quantize", x, a, c, bits, signed, offset, activation)
+    if dispatch.choose("duq", x) == "reference":  # plain PyTorch, so that torch.compile can fuse it
+        return reference.duq(x, a, c, bits, signed, offset, activation)
+    return torch.ops.profit_kernels.duq(x, a, c, bits, signed, offset, activation)
+
+
+def duq_codes(
+    x: Tensor, a: Tensor, *, bits: int, signed: bool = False, offset: float = 0.0, activation: str = "none"
+) -> Tensor:
+    """The integer codes round(u * s) of `duq_fake_quantize`, as int8 (signed) or uint8; not differentiable.
+
+    Arguments as there. Raises ValueError if the input holds NaN, which has no code.
+    """
+    check_quantizer("duq_codes", x, a, None, bits, signed, offset, activation)
+    return torch.ops.profit_kernels.duq_codes(x, a, bits, signed, offset, activation)
+
+
+def duq_fake_quantize_weights(
+    weights: Sequence[Tensor], a: Sequence[Tensor], c: Sequence[Tensor], *, bits: int | Sequence[int]
+) -> list[Tensor]:
+    """Signed DuQ of all weights of a net: weights[i] with a[i], c[i] (one value, or one per output channel).
+
+    `bits` is one width, or one per weight. Returns the quantized weights, differentiable. Raises as duq_fake_quantize, and
+    ValueError where the lists differ in length.
+    """
+    widths = [bits] * len(weights) if isinstance(bits, int) else list(bits)
+    if not len(weights) == len(a) == len(c) == len(widths):
+        raise ValueError(
+            "duq_fake_quantize_weights: weights, a, c and bits must have one length, "
+            f"got {len(weights)}, {len(a)}, {len(c)} and {len(widths)}"
+        )
+    return [
+        duq_fake_quantize(w, a_i, c_i, bits=k, signed=True) for w, a_i, c_i, k in zip(weights, a, c, widths, strict=True)
+    ]

@@ -1,0 +1,129 @@
+"""DuQ in plain PyTorch: the definition every kernel is tested against.
+
+    A = softplus(a), C = softplus(c), h = act(x)
+    u = clip((h - d) / A, lo, 1)          lo = -1 if signed else 0
+    q = round(u * s) / s                  half to even, s = 2^(bits-1) - 1 if signed else 2^bits - 1
+    y = C * q + d
+
+Gradients are straight-through in the rounding, and zero through the clip (PROFIT, section 4.1; docs/maths.md, section 1).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+ACTIVATIONS = ("none", "relu", "relu6", "hardswish")
+
+
+def steps(bits: int, signed: bool) -> int:
+    """Number of quantization steps s between 0 and 1."""
+    return 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """h = act(x)."""
+    if activation == "none":
+        return x
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "relu6":
+        return F.relu6(x)
+    # Spelled out, in this order and with a true division, so that every backend computes the same bits
+    # (F.hardswish multiplies by 1/6 on some devices). The clamp makes -inf give 0 where -inf * 0 would give NaN.
+    return x.clamp(min=-3) * F.hardtanh(x + 3, 0.0, 6.0) / 6
+
+
+def activate_grad(x: Tensor, activation: str) -> Tensor:
+    """act'(x); at a kink, the same one-sided value as torch's own activation."""
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    if activation == "none":
+        return one
+    if activation == "relu":
+        return torch.where(x > 0, one, zero)
+    if activation == "relu6":
+        return torch.where((x > 0) & (x < 6), one, zero)
+    return torch.where(x <= -3, zero, torch.where(x < 3, x / 3 + 0.5, one))
+
+
+def _interval(raw: Tensor, x: Tensor) -> Tensor:
+    """softplus(raw) in the compute dtype, shaped to broadcast over dimension 0 of x where there is one value per channel."""
+    value = F.softplus(raw.to(compute_dtype(x)))
+    return value.view(-1, *[1] * (x.dim() - 1)) if raw.numel() > 1 else value.view([1] * x.dim())
+
+
+def _scaled(x: Tensor, A: Tensor, offset: float, activation: str) -> Tensor:
+    h = activate(x.to(compute_dtype(x)), activation)
+    return (h - offset) / A
+
+
+def _round_clipped(u: Tensor, bits: int, signed: bool) -> Tensor:
+    return torch.round(u.clamp(-1.0 if signed else 0.0, 1.0) * steps(bits, signed))
+
+
+def forward(x: Tensor, a: Tensor, c: Tensor, bits: int, signed: bool, offset: float, activation: str) -> Tensor:
+    """y, with the dtype and memory format of x."""
+    A, C = _interval(a, x), _interval(c, x)
+    q = _round_clipped(_scaled(x, A, offset, activation), bits, signed) / steps(bits, signed)
+    return (C * q + offset).to(x.dtype)
+
+
+def codes(x: Tensor, a: Tensor, bits: int, signed: bool, offset: float, activation: str) -> Tensor:
+    """round(u * s) as int8 (signed) or uint8. A NaN has no code: raises ValueError."""
+    code = _round_clipped(_scaled(x, _interval(a, x), offset, activation), bits, signed)
+    if torch.isnan(code).any():
+        raise ValueError("duq_codes: the input (or its interval) holds NaN, which has no integer code")
+    return code.to(torch.int8 if signed else torch.uint8)
+
+
+def backward(
+    grad: Tensor, x: Tensor, a: Tensor, c: Tensor, bits: int, signed: bool, offset: float, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dL/dx, dL/da, dL/dc) of the raw a and c.
+
+    Where x is NaN, dL/dx and its share of dL/da are 0 and dL/dc is NaN, so that the fault is seen.
+    """
+    A, C = _interval(a, x), _interval(c, x)
+    g = grad.to(A.dtype)
+    x32 = x.to(A.dtype)
+    u = _scaled(x, A, offset, activation)
+    q = _round_clipped(u, bits, signed) / steps(bits, signed)
+    inside = (u > (-1.0 if signed else 0.0)) & (u < 1.0)
+    zero = torch.zeros((), dtype=A.dtype, device=x.device)
+
+    gh = torch.where(inside, g * (C / A), zero)
+    gA = torch.where(inside, -gh * u, zero)
+    gC = g * q
+    gx = torch.where(inside, gh * activate_grad(x32, activation), zero)
+
+    def reduce(per_element: Tensor, raw: Tensor) -> Tensor:
+        total = per_element.flatten(1).sum(1) if raw.numel() > 1 else per_element.sum()
+        return (total.view(raw.shape) * torch.sigmoid(raw.to(A.dtype))).to(raw.dtype)
+
+    return gx.to(x.dtype), reduce(gA, a), reduce(gC, c)
+
+
+class DuQ(torch.autograd.Function):
+    """Autograd over the two formulas; keeps x alone. torch.compile sees through it."""
+
+    @staticmethod
+    def forward(ctx, x, a, c, bits, signed, offset, activation):
+        ctx.save_for_backward(x, a, c)
+        ctx.settings = (bits, signed, offset, activation)
+        return forward(x, a, c, bits, signed, offset, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
+
+
+def duq(x: Tensor, a: Tensor, c: Tensor, bits: int, signed: bool, offset: float, activation: str) -> Tensor:
+    """Differentiable DuQ."""
+    return DuQ.apply(x, a, c, bits, signed, offset, activation)

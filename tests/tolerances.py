@@ -1,0 +1,19 @@
+"""Every tolerance of the tests, with its reason. Codes have none: they are compared by profit_kernels.testing."""
+
+# Golden gradients: the authors' code sums in float32 in another order (shared golden vectors ask for rtol 1e-5).
+GOLDEN_GRAD = {"rtol": 1e-5, "atol": 1e-5}
+# Golden convolutions: float32 sums of up to 54 products in another order.
+GOLDEN_CONV = {"rtol": 1e-5, "atol": 2e-6}
+# Element-wise gradient in float32 against float64: a handful of roundings.
+GRAD_ELEMENT = {"rtol": 1e-5, "atol": 1e-6}
+# The same with a bfloat16 or float16 result: one rounding to the output's dtype.
+GRAD_ELEMENT_HALF = {"bfloat16": {"rtol": 2**-7, "atol": 2**-10}, "float16": {"rtol": 2**-10, "atol": 2**-13}}
+# Interval gradients: float32 sums over up to 1e5 terms of mixed sign, relative to the sum of their magnitudes.
+INTERVAL_GRAD_OF_MAGNITUDE = 3e-6
+# KL per channel against float64 numpy: the result is float32.
+KL = {"rtol": 1e-6, "atol": 1e-10}
+# The golden KL has no epsilon on the variance (ours is 1e-12) and comes from outputs stored in float32.
+GOLDEN_KL = {"rtol": 1e-4, "atol": 1e-9}
+# Two float32 convolutions of one definition whose sums run in another order.
+CONV = {"rtol": 1e-5, "atol": 1e-5}
+CONV64 = {"rtol": 1e-12, "atol": 1e-12}
