@@ -14,7 +14,9 @@ def check_bits(op: str, bits: int, name: str = "bits") -> None:
         raise ValueError(f"{op}: {name} must be an integer from 2 to 8, got {bits!r}")
 
 
-def check_quantizer(op: str, x: Tensor, a: Tensor, c: Tensor | None, bits: int, signed: bool, offset: float, activation: str) -> None:
+def check_quantizer(
+    op: str, x: Tensor, a: Tensor, c: Tensor | None, bits: int, signed: bool, offset: float, activation: str
+) -> None:
     """Arguments of one DuQ; raises TypeError or ValueError."""
     check_bits(op, bits)
     if activation not in ACTIVATIONS:

@@ -125,7 +125,7 @@ def choose(op: str, x: Tensor) -> str:
             able = [b for b in BACKENDS if why_not(op, b, device_type, dtype) is None]
             raise BackendError(
                 f"backend {asked!r} cannot serve {op} on {device_type} with {dtype}: {reason}. These can: {', '.join(able)}; "
-                f"or set_backend({asked!r}, ops=...) for the operators it has, and \"auto\" for the rest"
+                f'or set_backend({asked!r}, ops=...) for the operators it has, and "auto" for the rest'
             )
         return asked
     for backend in PREFERENCE.get(device_type, ("reference",)):

@@ -51,7 +51,14 @@ def _scaled(x: Tensor, a: Tensor, offset: float, activation: str) -> Tensor:
 
 
 def rounding_band(
-    x: Tensor, a: Tensor, *, bits: int, signed: bool = False, offset: float = 0.0, activation: str = "none", ulps: int = BAND_ULPS
+    x: Tensor,
+    a: Tensor,
+    *,
+    bits: int,
+    signed: bool = False,
+    offset: float = 0.0,
+    activation: str = "none",
+    ulps: int = BAND_ULPS,
 ) -> Tensor:
     """True where u * s is within `ulps` ulp of a rounding edge, in the compute dtype. Arguments as duq_fake_quantize."""
     v = _scaled(x, a, offset, activation).clamp(-1.0 if signed else 0.0, 1.0) * reference.steps(bits, signed)

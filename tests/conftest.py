@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import os
+import secrets
 import zlib
 
 import pytest
 import torch
 
-BASE_SEED = int(os.environ.get("PROFIT_TEST_SEED", "0"))
+# Fresh data in every run; the header prints the seed and PROFIT_TEST_SEED repeats it. Set before xdist starts its workers.
+BASE_SEED = os.environ.setdefault("PROFIT_TEST_SEED", str(secrets.randbelow(10**6)))
+
+# Without a GPU the Triton kernels run under Triton's interpreter; it must be chosen before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_report_header() -> str:
+    return f"PROFIT_TEST_SEED={BASE_SEED} (fresh random data; set it to repeat a run)"
 
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> torch.Generator:
-    """A generator of its own for each test and parameter; PROFIT_TEST_SEED moves them all to fresh data."""
+    """A generator of its own for each test and parameter."""
     seed = zlib.crc32(f"{BASE_SEED}:{request.node.nodeid}".encode())
     return torch.Generator().manual_seed(seed)
 
@@ -27,3 +37,34 @@ def poisoned_empty():
     yield
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def record_band(request: pytest.FixtureRequest):
+    """Adds a BandReport to the totals that the run prints at its end: cases, codes, and how many were in the band."""
+
+    def record(label: str, report):
+        request.node.user_properties.append(
+            ("band", (label, report.total, report.inside, report.differing_inside, report.differing_outside))
+        )
+        return report
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    totals: dict[str, list[int]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            for label, *counts in (value for key, value in report.user_properties if key == "band"):
+                row = totals.setdefault(label, [0] * 5)
+                for i, count in enumerate((1, *counts)):
+                    row[i] += count
+    if totals:
+        terminalreporter.section("codes against the reference")
+    for label, (cases, total, inside, differing_inside, outside) in sorted(totals.items()):
+        share = inside / total if total else 0.0
+        terminalreporter.line(
+            f"{label}: {cases} cases, {total} codes, {outside} differ outside the band, "
+            f"{inside} ({share:.3%}) inside it of which {differing_inside} differ"
+        )

@@ -1,5 +1,7 @@
 """Every tolerance of the tests, with its reason. Codes have none: they are compared by profit_kernels.testing."""
 
+import torch
+
 # Golden gradients: the authors' code sums in float32 in another order (shared golden vectors ask for rtol 1e-5).
 GOLDEN_GRAD = {"rtol": 1e-5, "atol": 1e-5}
 # Golden convolutions: float32 sums of up to 54 products in another order.
@@ -17,3 +19,14 @@ GOLDEN_KL = {"rtol": 1e-4, "atol": 1e-9}
 # Two float32 convolutions of one definition whose sums run in another order.
 CONV = {"rtol": 1e-5, "atol": 1e-5}
 CONV64 = {"rtol": 1e-12, "atol": 1e-12}
+# The same formula through autograd and spelled out: element-wise a few roundings; sums of 360 terms of mixed sign.
+TEXTBOOK = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.float64: {"rtol": 1e-12, "atol": 1e-12}}
+# An output against code * step + offset: 2 ulp of float32, or one rounding to the output's own dtype (values up to about 8).
+GRID = {
+    torch.float64: {"rtol": 1e-14, "atol": 1e-14},
+    torch.float32: {"rtol": 3e-7, "atol": 3e-7},
+    torch.bfloat16: {"rtol": 2**-8, "atol": 2**-9},
+    torch.float16: {"rtol": 2**-11, "atol": 2**-12},
+}
+# KL between two float32 convolutions that torch may sum in another order than the operator.
+KL_CONV = {"rtol": 1e-4, "atol": 1e-7}

@@ -18,7 +18,8 @@ _QUANT = "int? act_bits, int? weight_bits, bool signed, float offset, str activa
 _INTERVALS = "Tensor? a_x, Tensor? c_x, Tensor? a_w, Tensor? c_w, Tensor? bias"
 
 torch.library.define(
-    "profit_kernels::depthwise_conv2d", f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, float pad_value) -> Tensor"
+    "profit_kernels::depthwise_conv2d",
+    f"(Tensor x, Tensor weight, Tensor? bias, {_GEOMETRY}, float pad_value) -> Tensor",
 )
 torch.library.define(
     "profit_kernels::depthwise_conv2d_backward",
@@ -192,7 +193,9 @@ def duq_depthwise_conv2d(
             raise ValueError(f"{op}: {side}_bits={bits} needs the interval a and the scale c of that side")
         if side == "act" and (a.numel() != 1 or c.numel() != 1):
             raise ValueError(f"{op}: the input has one interval and one scale, got {a.numel()} and {c.numel()} values")
-        check_quantizer(op, tensor, a, c, bits, side == "weight" or signed, offset if side == "act" else 0.0, activation)
+        check_quantizer(
+            op, tensor, a, c, bits, side == "weight" or signed, offset if side == "act" else 0.0, activation
+        )
     geometry = (list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1)))
     pad_value = offset if pad_value is None else pad_value
     (x,) = _autocast(x)
@@ -206,7 +209,13 @@ def duq_depthwise_conv2d(
             weight = duq_fake_quantize(weight, a_w, c_w, bits=weight_bits, signed=True)
         bias = None if bias is None else bias.to(x.dtype)
         return depthwise_conv2d(
-            qx, weight.to(x.dtype), bias, stride=geometry[0], padding=geometry[1], dilation=geometry[2], pad_value=pad_value
+            qx,
+            weight.to(x.dtype),
+            bias,
+            stride=geometry[0],
+            padding=geometry[1],
+            dilation=geometry[2],
+            pad_value=pad_value,
         )
     settings = (*geometry, act_bits, weight_bits, signed, offset, activation, pad_value)
     return torch.ops.profit_kernels.duq_depthwise_conv2d(x, weight, a_x, c_x, a_w, c_w, bias, *settings)

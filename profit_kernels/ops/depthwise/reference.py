@@ -25,14 +25,27 @@ def unpad(x: Tensor, pads: list[int]) -> Tensor:
 
 
 def depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], pads: list[int], dilation: list[int], pad_value: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    pads: list[int],
+    dilation: list[int],
+    pad_value: float,
 ) -> Tensor:
     """Differentiable in x, weight and bias."""
     return F.conv2d(pad(x, pads, pad_value), weight, bias, stride, 0, dilation, groups=x.shape[1])
 
 
 def depthwise_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, stride: list[int], pads: list[int], dilation: list[int], pad_value: float
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+    stride: list[int],
+    pads: list[int],
+    dilation: list[int],
+    pad_value: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(dL/dx, dL/dw, dL/dbias); the weight gradient includes the padded taps."""
     padded = pad(x, pads, pad_value)

@@ -15,7 +15,8 @@ _SETTINGS = "int bits, bool signed, float offset, str activation"
 
 torch.library.define("profit_kernels::duq", f"(Tensor x, Tensor a, Tensor c, {_SETTINGS}) -> Tensor")
 torch.library.define(
-    "profit_kernels::duq_backward", f"(Tensor grad, Tensor x, Tensor a, Tensor c, {_SETTINGS}) -> (Tensor, Tensor, Tensor)"
+    "profit_kernels::duq_backward",
+    f"(Tensor grad, Tensor x, Tensor a, Tensor c, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define("profit_kernels::duq_codes", f"(Tensor x, Tensor a, {_SETTINGS}) -> Tensor")
 
@@ -80,7 +81,9 @@ def no_double_backward(name: str):
     """An autograd formula that says that `name` has none, instead of a gradient that is silently missing."""
 
     def refuse(ctx, *grads):
-        raise RuntimeError(f"{name} cannot be differentiated twice: its gradient is straight-through, not a function to derive")
+        raise RuntimeError(
+            f"{name} cannot be differentiated twice: its gradient is straight-through, not a function to derive"
+        )
 
     return refuse
 
@@ -144,5 +147,6 @@ def duq_fake_quantize_weights(
             f"got {len(weights)}, {len(a)}, {len(c)} and {len(widths)}"
         )
     return [
-        duq_fake_quantize(w, a_i, c_i, bits=k, signed=True) for w, a_i, c_i, k in zip(weights, a, c, widths, strict=True)
+        duq_fake_quantize(w, a_i, c_i, bits=k, signed=True)
+        for w, a_i, c_i, k in zip(weights, a, c, widths, strict=True)
     ]

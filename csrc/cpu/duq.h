@@ -1,0 +1,24 @@
+// DuQ, the activation and weight quantizer, forward and backward (docs/maths.md, section 1).
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <tuple>
+
+namespace profit::cpu {
+
+using torch::stable::Tensor;
+
+enum class Activation : int64_t { none = 0, relu = 1, relu6 = 2, hardswish = 3 };
+
+// x: any shape and strides, float32 / bfloat16 / float16 / float64. a, c: the raw parameters, one value or one per index
+// of dimension 0 of x, taken as float32 (float64 with a float64 x). Returns y like x: dtype, memory format.
+Tensor duq_forward(
+    Tensor x, Tensor a, Tensor c, int64_t bits, bool is_signed, double offset, int64_t activation);
+
+// grad: shape and dtype of x, any strides (expanded too). Returns dL/dx like x, and dL/da, dL/dc like a, c.
+std::tuple<Tensor, Tensor, Tensor> duq_backward(
+    Tensor grad, Tensor x, Tensor a, Tensor c, int64_t bits, bool is_signed, double offset, int64_t activation);
+
+}  // namespace profit::cpu

@@ -1,0 +1,26 @@
+// Schemas and kernels of the CPU library. The library has no Python module of its own: loading the file registers the
+// operators (torch.ops.load_library), so one binary serves every CPython and every torch from 2.11 on.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/duq.h"
+#include "cpu/isa.h"
+
+STABLE_TORCH_LIBRARY(profit_cpu, m) {
+  m.def(
+      "duq_forward(Tensor x, Tensor a, Tensor c, int bits, bool is_signed, float offset, int activation) -> Tensor");
+  m.def(
+      "duq_backward(Tensor grad, Tensor x, Tensor a, Tensor c, int bits, bool is_signed, float offset, int activation)"
+      " -> (Tensor gx, Tensor ga, Tensor gc)");
+  m.def("isa() -> int");
+  m.def("limit_isa(int level) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CPU, m) {
+  m.impl("duq_forward", TORCH_BOX(&profit::cpu::duq_forward));
+  m.impl("duq_backward", TORCH_BOX(&profit::cpu::duq_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&profit::cpu::isa));
+  m.impl("limit_isa", TORCH_BOX(&profit::cpu::limit_isa));
+}

@@ -1,0 +1,123 @@
+"""What every operator owes torch: schema, fake, autograd, one graph under torch.compile, a clear word on double backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import profit_kernels as pk
+from profit_kernels import dispatch
+
+OPS = torch.ops.profit_kernels
+BACKENDS = ["reference", "cpp", "triton"]
+
+
+def samples(requires_grad: bool = True) -> dict[str, tuple]:
+    x = torch.randn(2, 4, 7, 6, requires_grad=requires_grad)
+    w = torch.randn(4, 1, 3, 3, requires_grad=requires_grad)
+    a, c, a_w, c_w = (torch.rand(1).requires_grad_(requires_grad) for _ in range(4))
+    bias = torch.randn(4, requires_grad=requires_grad)
+    g = torch.randn(2, 4, 7, 6)
+    quant = (4, False, -0.375, "hardswish")
+    geometry = ([1, 1], [1, 1, 1, 1], [1, 1])
+    return {
+        "duq": (x, a, c, *quant),
+        "duq_backward": (g, x, a, c, *quant),
+        "duq_codes": (x.detach(), a.detach(), *quant),
+        "depthwise_conv2d": (x, w, bias, *geometry, -0.375),
+        "depthwise_conv2d_backward": (g, x, w, True, *geometry, -0.375),
+        "duq_depthwise_conv2d": (x, w, a, c, a_w, c_w, bias, *geometry, 4, 3, False, -0.375, "hardswish", -0.375),
+        "duq_depthwise_conv2d_backward": (
+            g, x, w, a, c, a_w, c_w, bias, *geometry, 4, 3, False, -0.375, "hardswish", -0.375,
+        ),  # fmt: skip
+        "aiwq_kl": (x.detach(), g, 1e-12),
+        "aiwq_conv2d": (
+            x.detach(), g, w.detach(), None, *geometry, 4, -0.375, a.detach(), c.detach(), 4, False, -0.375, "hardswish", 1e-12,
+        ),  # fmt: skip
+    }  # fmt: skip
+
+
+def test_every_registered_operator_has_a_sample():
+    registered = {
+        schema.name.removeprefix("profit_kernels::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("profit_kernels::")
+    }
+    assert registered == set(samples())
+
+
+@pytest.mark.parametrize("name", samples())
+def test_opcheck_reference(name):
+    with pk.use_backend("reference"):
+        torch.library.opcheck(getattr(OPS, name).default, samples(requires_grad=not name.endswith("_backward"))[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("name", ["duq", "duq_backward"])
+def test_opcheck_kernels(name, backend):
+    reason = dispatch.why_not("duq", backend, "cpu", torch.float32)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    with pk.use_backend(backend, ops=["duq"]):
+        torch.library.opcheck(getattr(OPS, name).default, samples(requires_grad=name == "duq")[name])
+
+
+def _net(x, w, a, c):
+    """Each public entry once."""
+    h = pk.duq_fake_quantize(x, a, c, bits=4, signed=True)
+    h = pk.depthwise_conv2d(h, w, padding=1, pad_value=-0.375)
+    h = pk.duq_depthwise_conv2d(
+        h, w, a, c, a, c, stride=2, padding=1, act_bits=3, weight_bits=4, offset=-0.375, activation="hardswish"
+    )
+    (h2,) = pk.duq_fake_quantize_weights([h], [a], [c], bits=2)
+    kl = pk.aiwq_conv2d(h, h2, w.detach(), padding=1, groups=4) + pk.aiwq_kl(h2, h)
+    return h2, kl, pk.duq_codes(x.detach(), a.detach(), bits=4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_without_a_graph_break(backend):
+    reason = dispatch.why_not("duq", backend, "cpu", torch.float32)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    arguments = [torch.randn(2, 4, 8, 8), torch.randn(4, 1, 3, 3), torch.rand(1), torch.rand(1)]
+    results = []
+    torch.compiler.reset()
+    with pk.use_backend(backend, ops=["duq"]):
+        for function in (_net, torch.compile(_net, fullgraph=True, backend="aot_eager")):
+            leaves = [t.clone().requires_grad_() for t in arguments]
+            out, kl, codes = function(*leaves)
+            results.append((out, kl, codes, *torch.autograd.grad(out.square().sum(), leaves)))
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(eager, compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_with_inductor(backend):
+    reason = dispatch.why_not("duq", backend, "cpu", torch.float32)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    torch.compiler.reset()
+    x, a, c = torch.randn(2, 4, 8, 8), torch.rand(1), torch.rand(1)
+    with pk.use_backend(backend, ops=["duq"]):
+        function = lambda x, a, c: pk.duq_fake_quantize(x, a, c, bits=4, offset=-0.375, activation="hardswish")  # noqa: E731
+        leaves = [t.requires_grad_() for t in (x, a, c)]
+        compiled = torch.compile(function, fullgraph=True)(*leaves)
+        expected = function(*leaves)
+        torch.testing.assert_close(compiled, expected)
+        for mine, theirs in zip(
+            torch.autograd.grad(compiled.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_double_backward_is_refused(backend):
+    reason = dispatch.why_not("duq", backend, "cpu", torch.float32)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    x, a, c = torch.rand(5, requires_grad=True), torch.ones(1), torch.ones(1)
+    with pk.use_backend(backend, ops=["duq"]):
+        (g,) = torch.autograd.grad(pk.duq_fake_quantize(x, a, c, bits=4).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="twice"):
+            g.sum().backward()
