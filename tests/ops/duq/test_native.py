@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from profit_kernels import native
 from profit_kernels.ops.duq import cpp, reference
-from profit_kernels.testing import edge_data
+from profit_kernels.testing import assert_close_banded, edge_data
 from tests.ops.duq.common import INPUTS, compare_with_reference
 
 needs_library = pytest.mark.skipif(not native.available(), reason=native.why_missing() or "")
@@ -107,6 +108,19 @@ def test_odd_and_empty_shapes(rng, poisoned_empty, shape):
 
 
 @needs_library
+@pytest.mark.parametrize("shape", [(0, 2, 1), (1, 2, 3), (2, 1, 3), (3, 0, 2), (1, 1, 4)])
+def test_strides_are_those_of_empty_like(rng, shape):
+    """Also of dimensions of size 0 and 1, as the fake kernel promises them."""
+    raw = torch.zeros(1)
+    for order in itertools.permutations(range(3)):
+        x = torch.randn(shape, generator=rng).permute(order)
+        y = cpp.forward(x, raw, raw, 4, True, 0.0, "none")
+        gx, _, _ = cpp.backward(torch.ones_like(x), x, raw, raw, 4, True, 0.0, "none")
+        assert y.stride() == gx.stride() == torch.empty_like(x).stride()
+        assert_close_banded(y, reference.forward(x, raw, raw, 4, True, 0.0, "none"), x, raw, raw, bits=4, signed=True)
+
+
+@needs_library
 def test_one_interval_with_a_scale_per_channel(rng):
     w, grad = torch.randn(6, 3, 5, 5, generator=rng), torch.randn(6, 3, 5, 5, generator=rng)
     one, six = torch.zeros(1), torch.randn(6, generator=rng)
@@ -119,9 +133,9 @@ def test_parameters_in_the_dtype_of_a_half_precision_model(rng):
     """model.to(torch.bfloat16) moves a and c too."""
     x, grad = (torch.randn(4, 33, generator=rng).bfloat16() for _ in range(2))
     a, c = torch.zeros(1, dtype=torch.bfloat16), torch.ones(1, dtype=torch.bfloat16)
-    settings_ = (4, True, 0.0, "none")
-    assert torch.equal(cpp.forward(x, a, c, *settings_), reference.forward(x, a, c, *settings_))
-    for mine, theirs in zip(cpp.backward(grad, x, a, c, *settings_), reference.backward(grad, x, a, c, *settings_), strict=True):
+    quantizer = (x, a, c, 4, True, 0.0, "none")
+    assert torch.equal(cpp.forward(*quantizer), reference.forward(*quantizer))
+    for mine, theirs in zip(cpp.backward(grad, *quantizer), reference.backward(grad, *quantizer), strict=True):
         assert mine.dtype == torch.bfloat16 and mine.shape == theirs.shape
         torch.testing.assert_close(mine, theirs)
 
@@ -129,7 +143,7 @@ def test_parameters_in_the_dtype_of_a_half_precision_model(rng):
 @needs_library
 @settings(max_examples=60, deadline=None)
 @given(
-    shape=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    shape=st.lists(st.integers(2, 9), min_size=1, max_size=4),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     bits=st.integers(2, 8),
     kind=st.sampled_from(INPUTS),
@@ -145,7 +159,7 @@ def test_any_shape_stride_dtype_and_width(shape, dtype, bits, kind, order, per_c
     x = (torch.randn(shape, generator=generator) * 3).to(dtype).permute(dims)
     grad = torch.randn(x.shape, generator=generator).to(dtype)
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
-    channels = x.shape[0] if per_channel and x.shape[0] > 0 else 1
+    channels = x.shape[0] if per_channel else 1
     a = (torch.randn(channels, generator=generator) + raw).to(parameters)
     c = torch.randn(channels, generator=generator).to(parameters)
     compare(x, a, c, grad, bits, *kind)
