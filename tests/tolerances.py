@@ -30,3 +30,5 @@ GRID = {
 }
 # KL between two float32 convolutions that torch may sum in another order than the operator.
 KL_CONV = {"rtol": 1e-4, "atol": 1e-7}
+# Places in a report's SVG, in pixels: matplotlib writes six decimals, and snaps bars to half a pixel when it draws them.
+SVG_PIXELS = 0.01

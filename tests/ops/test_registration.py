@@ -74,12 +74,13 @@ def _net(x, w, a, c):
     return h2, kl, pk.duq_codes(x.detach(), a.detach(), bits=4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compile_without_a_graph_break(backend):
+def test_compile_without_a_graph_break(backend, dtype):
     reason = dispatch.why_not("duq", backend, "cpu", torch.float32)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
-    arguments = [torch.randn(2, 4, 8, 8), torch.randn(4, 1, 3, 3), torch.rand(1), torch.rand(1)]
+    arguments = [torch.randn(2, 4, 8, 8).to(dtype), torch.randn(4, 1, 3, 3).to(dtype), torch.rand(1), torch.rand(1)]
     results = []
     torch.compiler.reset()
     with pk.use_backend(backend, ops=["duq"]):

@@ -71,7 +71,9 @@ def forward(x: Tensor, a: Tensor, c: Tensor, bits: int, signed: bool, offset: fl
     """y, with the dtype and memory format of x."""
     A, C = _interval(a, x), _interval(c, x)
     q = _round_clipped(_scaled(x, A, offset, activation), bits, signed) / steps(bits, signed)
-    return (C * q + offset).to(x.dtype)
+    y = C * q + offset
+    # Not y.to(x.dtype) in any case: where that does nothing, torch.compile of torch 2.11 returns zero gradients.
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def codes(x: Tensor, a: Tensor, bits: int, signed: bool, offset: float, activation: str) -> Tensor:
@@ -103,7 +105,8 @@ def backward(
     gx = torch.where(inside, gh * activate_grad(x32, activation), zero)
 
     def reduce(per_element: Tensor, raw: Tensor) -> Tensor:
-        total = per_element.flatten(1).sum(1) if raw.numel() > 1 else per_element.sum()
+        other_dims = list(range(1, x.dim())) if raw.numel() > 1 else list(range(x.dim()))
+        total = per_element.sum(other_dims) if other_dims else per_element
         return (total.view(raw.shape) * torch.sigmoid(raw.to(A.dtype))).to(raw.dtype)
 
     return gx.to(x.dtype), reduce(gA, a), reduce(gC, c)
