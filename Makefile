@@ -7,20 +7,22 @@ PYTHON ?= python3
 JOBS ?= 2
 PYTEST_ARGS ?=
 
+# The stamp carries the name of this directory: one environment may serve several copies of the repository.
+STAMP_NAME := .profit-installed$(subst /,-,$(CURDIR))
 ifeq ($(strip $(VENV)),)
+  ENVIRONMENT :=
   ifneq ($(strip $(VIRTUAL_ENV)),)
     PY := $(VIRTUAL_ENV)/bin/python
-    STAMP := $(VIRTUAL_ENV)/.profit-installed
+    STAMP := $(VIRTUAL_ENV)/$(STAMP_NAME)
   else
     PY := $(shell command -v python || command -v python3)
-    # One stamp per interpreter, in case the PATH changes.
+    # Not inside the environment, which may be the system's.
     STAMP := build/installed$(subst /,-,$(PY))
   endif
-  ENVIRONMENT :=
 else
   PY := $(VENV)/bin/python
-  STAMP := $(VENV)/.profit-installed
-  ENVIRONMENT := $(VENV)/bin/python
+  ENVIRONMENT := $(PY)
+  STAMP := $(VENV)/$(STAMP_NAME)
 endif
 
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
@@ -62,12 +64,20 @@ $(STAMP): pyproject.toml setup.py $(CSRC) | $(ENVIRONMENT)
 	@test -x "$(PY)" || { echo "error: no python found; install Python 3.11 or later, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(call require_python,$(PY))
 	@$(PY) -m pip --version > /dev/null 2>&1 || { echo "error: $(PY) has no pip; run '$(PY) -m ensurepip', or use the default VENV=.venv" >&2; exit 1; }
-	$(if $(filter-out $(CSRC),$?),\
+	@echo "$(if $(filter-out $(CSRC),$?),Installing into $(PY:/bin/python=): a few minutes the first time,Compiling the C++ kernels)"
+	@$(if $(filter-out $(CSRC),$?),\
 	    $(PIP) install -q "torch>=2.11" "setuptools>=77" wheel ninja < /dev/null && \
 	    $(PIP) install -q --no-build-isolation -e ".[dev]" < /dev/null,\
 	    $(PY) setup.py -q build_ext --inplace)
 	@$(PY) -c "from profit_kernels import native; print(native.why_missing() or f'C++ kernels: ready ({native.isa()})')"
 	@mkdir -p "$(dir $@)" && touch "$@"
+
+# A checkout whose build outputs were removed is not installed, whatever the stamp says.
+ifeq ($(wildcard profit_kernels/_build_info.json),)
+$(STAMP): not-built
+.PHONY: not-built
+not-built:
+endif
 
 ifneq ($(ENVIRONMENT),)
 $(ENVIRONMENT):

@@ -8,6 +8,7 @@ it. PROFIT_BUILD_NATIVE=0 leaves the kernels out on purpose.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -21,7 +22,12 @@ from setuptools.errors import BaseError, CCompilerError
 
 try:
     import torch
+
+    # At import it warns of a missing CUDA runtime, which nothing here needs.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     from torch.utils import cpp_extension
+
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.NOTSET)
 except ImportError:
     torch = None
 

@@ -32,3 +32,5 @@ GRID = {
 KL_CONV = {"rtol": 1e-4, "atol": 1e-7}
 # Places in a report's SVG, in pixels: matplotlib writes six decimals, and snaps bars to half a pixel when it draws them.
 SVG_PIXELS = 0.01
+# softplus of its inverse in float32: the raw value has the spacing of float32 around log(value), which the steep part passes on.
+SOFTPLUS = {"rtol": 2e-6, "atol": 0}

@@ -1,113 +1,225 @@
 """The report page: complete on a full run, a sentence where something is missing, one-line errors, no injection."""
 
-import copy
+from __future__ import annotations
+
 import json
-import random
+import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from profit.errors import ProfitError
 from profit.report import write_report
+from tests.profit.report_sample import sample_results
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
-def sample_results(seed: int, blocks: int = 17) -> dict:
-    """Results of a made-up MobileNetV3-like run: stem, `blocks` x (expand, depthwise, project), classifier; 21 phases."""
-    rng = random.Random(seed)
-    names = ["conv_stem"]
-    for block in range(blocks):
-        names += [f"blocks.{block // 3}.{block % 3}.{conv}" for conv in ("conv_pw", "conv_dw", "conv_pwl")]
-    names.append("classifier")
-    layers = [_layer(rng, name, index, len(names)) for index, name in enumerate(names)]
-    ranked = sorted((layer for layer in layers if layer["ranked"]), key=lambda layer: -layer["aiwq"])
-    for rank, layer in enumerate(ranked, start=1):
-        layer["rank"] = rank
-        layer["frozen_stage"] = 1 if rank <= len(ranked) // 3 else 2 if rank <= 2 * len(ranked) // 3 else None
-    phases = _phases(rng, [layer["name"] for layer in ranked], len(layers))
-    widths = (32, 8, 5, 4, 3, 2)
-    parameters = sum(layer["parameters"] for layer in layers)
-    measured = {32: 99.17, 8: 98.89, 5: 98.61, 4: 98.33}
-    return {
-        "schema": 1,
-        "run": {
-            "name": "digits_w4a4", "created": "2026-01-31T12:34:56+00:00", "finished": True,
-            "command": "profit train recipes/digits_w4a4.yaml --out runs/digits -s data.fold=0", "seed": 7,
-            "git_commit": "0123456789abcdef0123456789abcdef01234567", "device": "cpu", "threads": 1, "wall_s": 273.4,
-            "versions": {"python": "3.12.3", "torch": "2.15.0", "triton": None, "timm": "1.0.31", "numpy": "2.3.1",
-                         "profit_kernels": "0.1.0"},
-        },
-        "model": {"name": "digits_mobilenetv3", "parameters": parameters + 3210, "classes": 10, "in_chans": 1},
-        "data": {"name": "digits", "train": 1437, "test": 360, "image_size": 16, "fold": 0},
-        "recipe": {"model": {"name": "digits_mobilenetv3"}, "quant": {"weight_bits": 4, "overrides": {}},
-                   "schedule": {"act_bits": [8, 5, 4], "profit": True}},
-        "phases": phases,
-        "layers": layers,
-        "weights": {layer["name"]: _histogram(rng, layer["parameters"]) for layer in layers},
-        "sizes": [{"label": f"W{b}", "bits": b, "bytes": parameters * b // 8 + 13000, "accuracy": measured.get(b)}
-                  for b in widths],
-        "aiwq": {"mode": "corrected", "steps": 115, "decay": 0.98, "clamped": 12, "skipped": 0,
-                 "scores": {layer["name"]: layer["aiwq"] for layer in ranked}},
-        "final": {"accuracy": 98.33, "accuracy_ema": 98.61, "accuracy_fp": 99.17},
-    }  # fmt: skip
+@pytest.fixture
+def results(rng) -> dict:
+    return sample_results(rng.initial_seed(), blocks=1)
 
 
-def _layer(rng: random.Random, name: str, index: int, count: int) -> dict:
-    kind = "raw" if index == 0 else rng.choice(["signed", "unsigned", "offset"])
-    depthwise = name.endswith("conv_dw")
-    parameters = rng.randrange(9, 90) * 9 if depthwise else rng.randrange(100, 3000)
-    classifier = index == count - 1
-    return {
-        "name": name, "type": "QuantLinear" if classifier else "QuantConv2d",
-        "kernel": [] if classifier else [3, 3] if depthwise or index == 0 else [1, 1], "stride": 1,
-        "groups": parameters // 9 if depthwise else 1, "kind": kind, "offset": -0.375 if kind == "offset" else 0.0,
-        "pad_value": -0.375 if kind == "offset" and depthwise else 0.0,
-        "activation": {"offset": "hardswish", "unsigned": "relu"}.get(kind, "none"), "weight_bits": 4,
-        "act_bits": None if index == 0 else 4, "ranked": not classifier, "parameters": parameters,
-        "macs": parameters * 256, "A_x": rng.uniform(1, 6), "C_x": rng.uniform(1, 6), "A_w": rng.uniform(0.2, 1),
-        "C_w": rng.uniform(0.2, 1), "aiwq": None if classifier else 10 ** rng.uniform(-5.2, -2.1) * (4 if depthwise else 1),
-        "rank": None, "frozen_stage": None,
-    }  # fmt: skip
+class Page(HTMLParser):
+    """Parsed page: elements as (tag, attributes), text; fails on tags that do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict]] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
 
 
-def _phases(rng: random.Random, ranked: list[str], layers: int) -> list[dict]:
-    plan = [("fp", "train", None, None, 15, 0)]
-    for bits in (8, 5, 4):
-        plan += [(f"a{bits}.{part}", kind, None, bits, epochs, layers if kind == "bn" else 0)
-                 for part, kind, epochs in (("bn", "bn", 2), ("train", "train", 6), ("bn2", "bn", 2))]  # fmt: skip
-    for bits in (8, 5):
-        plan += [(f"w{bits}.{part}", kind, bits, 4, epochs, layers if kind == "bn" else 0)
-                 for part, kind, epochs in (("bn", "bn", 2), ("train", "train", 6), ("bn2", "bn", 2))]  # fmt: skip
-    plan += [("w4.bn", "bn", 4, 4, 2, layers), ("w4.sample", "sample", 4, 4, 5, 0)]
-    plan += [(f"w4.stage{s}", "train", 4, 4, 6, len(ranked) * s // 3) for s in range(3)]
-    plan += [("w4.final", "bn", 4, 4, 3, layers)]
-    phases, level = [], 40.0
-    for name, kind, weight_bits, act_bits, epochs, frozen in plan:
-        history = []
-        for epoch in range(1, epochs + 1):
-            level += (98.6 - level) * 0.25 + rng.uniform(-0.4, 0.4)
-            loss = (100.5 - level) / 25
-            history.append({"epoch": epoch, "lr": 0.02 / epoch, "train_loss": loss * 1.1, "test_loss": loss,
-                            "accuracy": level, "accuracy_ema": min(level + 0.3, 99.9)})  # fmt: skip
-        phases.append({
-            "name": name, "kind": kind, "bits": f"W{weight_bits or 32}A{act_bits or 32}", "weight_bits": weight_bits,
-            "act_bits": act_bits, "frozen": frozen, "frozen_layers": ranked[:frozen], "epochs": epochs, "lr": 0.02,
-            "accuracy": level, "accuracy_ema": min(level + 0.3, 99.9), "train_loss": loss * 1.1, "test_loss": loss,
-            "wall_s": epochs * 2.3, "images_per_s": rng.uniform(600, 2500), "history": history,
-        })  # fmt: skip
-    return phases
+def write(run: Path, results: dict) -> Page:
+    (run / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    path = write_report(run)
+    assert path == run / "report.html"
+    assert not list(run.glob("*.tmp"))
+    return Page(path.read_text(encoding="utf-8"))
 
 
-def _histogram(rng: random.Random, parameters: int, bits: int = 4, bins: int = 64) -> dict:
-    weights = [rng.gauss(0, 0.25) for _ in range(parameters)]
-    steps, scale = 2 ** (bits - 1) - 1, 0.6
-    low, high = min(weights), max(weights)
-    edges = [low + (high - low) * i / bins for i in range(bins + 1)]
-    counts, codes = [0] * bins, [0] * (2 * steps + 1)
-    for weight in weights:
-        counts[min(int((weight - low) / (high - low) * bins), bins - 1)] += 1
-        codes[round(max(-1, min(1, weight / scale)) * steps) + steps] += 1
-    return {"edges": edges, "counts": counts, "grid": [scale * q / steps for q in range(-steps, steps + 1)],
-            "code_counts": codes}  # fmt: skip
+def test_full_page_is_self_contained_and_complete(tmp_path, rng):
+    results = sample_results(rng.initial_seed())
+    assert len(results["layers"]) == 53
+    page = write(tmp_path, results)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(html.encode()) < 3_000_000
+    assert not re.search(r"https?:|@import|url\((?!#)", html)
+    assert not {"script", "img", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.elements}
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    links = [a["href"] for _, a in page.elements if "href" in a]
+    assert all(link == "data:," or link.removeprefix("#") in ids for link in links)
+    assert all(name in ids for name in re.findall(r"url\(#([^)]+)\)", html))
+    for phase in results["phases"]:
+        assert f"{phase['name']} " in page.text and f"{phase['accuracy']:.2f}" in page.text
+    for layer in results["layers"]:
+        assert page.texts.count(layer["name"]) >= 2  # table and histogram, and the AIWQ chart where it is ranked
+    run = results["run"]
+    for expected in ("98.33 %", "98.61 %", "99.17 %", "\u22120.84 points", "W4A4", "4 min 33 s", run["git_commit"],
+                     run["command"], "torch 2.15.0", "weight_bits: 4", "2026-01-31 12:34 UTC", "finished"):  # fmt: skip
+        assert expected in page.text
+
+
+def test_page_can_be_read_without_seeing_it(tmp_path, results):
+    page = write(tmp_path, results)
+    assert page.all("html")[0]["lang"] == "en"
+    drawings = page.all("svg")
+    assert len(drawings) == 4 + len(results["layers"])
+    assert all(svg["role"] == "img" and len(svg["aria-label"]) > 20 for svg in drawings)
+    assert len(page.all("figcaption")) == len(page.all("figure")) == len(drawings)
+    assert all(th.get("scope") in ("col", "row") for th in page.all("th"))
+    regions = [div for div in page.all("div") if "scroll" in div.get("class", "")]
+    assert regions and all(div["tabindex"] == "0" and div["aria-label"] for div in regions)
+
+
+def test_same_results_same_file(tmp_path, results):
+    write(tmp_path, results)
+    first = (tmp_path / "report.html").read_bytes()
+    write(tmp_path, results)
+    assert (tmp_path / "report.html").read_bytes() == first
+
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>$x_{2}$\x00\x1b{{ 7*7 }}"
+
+
+def test_names_are_text_never_markup(tmp_path, results):
+    def poison(value):
+        if isinstance(value, dict):
+            return {(k if k in KEYS else HOSTILE + k): poison(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [poison(item) for item in value]
+        return HOSTILE + value if isinstance(value, str) else value
+
+    KEYS = _keys({k: v for k, v in results.items() if k not in ("weights", "recipe")})
+    KEYS |= {"edges", "counts", "grid", "code_counts", "recipe", "weights"}
+    KEYS -= set(results["run"]["versions"]) | set(results["aiwq"]["scores"])
+    page = write(tmp_path, poison(results))
+    assert not {"script", "img"} & {tag for tag, _ in page.elements}
+    assert not [key for _, attributes in page.elements for key in attributes if key.startswith("on")]
+    assert "<script>alert(1)</script>" in page.text and "{{ 7*7 }}" in page.text
+
+
+def _keys(value) -> set:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (set(value) if isinstance(value, dict) else set()).union(*(_keys(child) for child in children))
+
+
+def _interrupted(r):
+    r["run"]["finished"] = False
+    r["phases"] = r["phases"][:3]
+
+
+def _without_aiwq(r):
+    r["aiwq"] = None
+    for layer in r["layers"]:
+        layer.update(aiwq=None, rank=None, frozen_stage=None)
+
+
+def _not_a_number(r):
+    for row in [*r["phases"], *(row for phase in r["phases"] for row in phase["history"])]:
+        row.update(accuracy=math.nan, accuracy_ema=None, train_loss=math.inf, test_loss=math.nan)
+    r["final"] = dict.fromkeys(r["final"], math.nan)
+    for size in r["sizes"]:
+        size["accuracy"] = math.nan
+
+
+def _float_only(r):
+    for layer in r["layers"]:
+        layer.update(weight_bits=None, act_bits=None, A_x=None, C_x=None, A_w=None, C_w=None)
+    for entry in r["weights"].values():
+        entry.update(grid=[], code_counts=[])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentences"),
+    [
+        (_interrupted, ["interrupted", "after 3 phases, the last one a8.train"]),
+        (lambda r: r.update(phases=[], run={**r["run"], "finished": False}),
+         ["No phase has ended yet", "No epoch was recorded", "before the first phase ended"]),
+        (lambda r: [phase.update(history=[]) for phase in r["phases"]], ["No epoch was recorded"]),
+        (_without_aiwq, ["AIWQ was not measured"]),
+        (lambda r: [layer.update(aiwq=0.0) for layer in r["layers"]], ["AIWQ was not measured"]),
+        (_not_a_number, ["No phase has a measured accuracy", "NaN", "not measured", "No accuracy was measured"]),
+        (_float_only, ["float"]),
+        (lambda r: r.update(layers=[], weights={}), ["No layer was recorded", "No weight histograms were recorded"]),
+        (lambda r: r.update(sizes=[], recipe={}), ["No model sizes were recorded", "The recipe was not recorded"]),
+        (lambda r: [r.pop(key) for key in list(r) if key != "schema"],
+         ["No phase has ended yet", "AIWQ was not measured", "No layer was recorded", "not recorded", "interrupted"]),
+        (lambda r: [phase.update(accuracy=100.0, accuracy_ema=100.0) for phase in r["phases"]], ["100.00"]),
+        (lambda r: [row.update(lr=0.0, test_loss=0.0) for phase in r["phases"] for row in phase["history"]], ["W4A4"]),
+    ],
+)  # fmt: skip
+def test_missing_parts_become_sentences(tmp_path, results, change, sentences):
+    change(results)
+    text = write(tmp_path, results).text
+    for sentence in sentences:
+        assert sentence in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "does not exist"),
+        (b"{", "is not valid JSON"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"[1]", "expected a mapping at the top level, found [1]"),
+        (b"{}", "schema is null, this version reads schema 1"),
+        (b'{"schema": 2}', "schema is 2"),
+        (b'{"schema": 1, "phases": "all"}', 'phases: expected a list, found "all"'),
+        (b'{"schema": 1, "phases": [{}, {"accuracy": "high"}]}', 'phases[1].accuracy: expected a number, found "high"'),
+        (b'{"schema": 1, "final": {"accuracy": true}}', "final.accuracy: expected a number, found true"),
+        (b'{"schema": 1, "run": []}', "run: expected a mapping, found []"),
+        (b'{"schema": 1, "weights": {"a": {"edges": [0], "counts": [1]}}}', "weights.a: 1 counts need 2 edges"),
+        (b'{"schema": 1, "weights": {"a": {"grid": [NaN]}}}', "weights.a: every edge"),
+    ],
+)
+def test_bad_results_are_refused_in_one_line(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(ProfitError) as error:
+        write_report(tmp_path)
+    assert message in str(error.value) and str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_page_that_cannot_be_written_says_so_and_leaves_nothing(tmp_path, results):
+    (tmp_path / "report.html").mkdir()
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ProfitError, match="report.html cannot be written"):
+        write_report(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]
+
+
+def test_drawings_load_late():
+    code = "import sys, profit.report; sys.exit(bool({'matplotlib', 'jinja2'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

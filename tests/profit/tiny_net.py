@@ -12,7 +12,9 @@ from profit.nn.linear import QuantLinear
 from profit.nn.quantizer import InputQuantizer, WeightQuantizer
 
 
-def conv(generator: torch.Generator, *args, kind="signed", activation="none", bits=4, act_bits=4, channels=None, **kwargs):
+def conv(
+    generator: torch.Generator, *args, kind="signed", activation="none", bits=4, act_bits=4, channels=None, **kwargs
+):
     """A calibrated QuantConv2d with random weights."""
     offset = -0.375 if kind == "offset" else 0.0
     layer = QuantConv2d(
@@ -43,7 +45,16 @@ def tiny_net(generator: torch.Generator, bits: int | None = 4) -> nn.Sequential:
             stem=conv(generator, 3, 8, 3, padding=1, kind="raw", **block),
             bn1=nn.BatchNorm2d(8),
             dw=conv(
-                generator, 8, 8, 3, padding=1, groups=8, kind="offset", activation="hardswish", pad_value=-0.375, **block
+                generator,
+                8,
+                8,
+                3,
+                padding=1,
+                groups=8,
+                kind="offset",
+                activation="hardswish",
+                pad_value=-0.375,
+                **block,
             ),
             bn2=nn.BatchNorm2d(8),
             pw=conv(generator, 8, 6, 1, kind="offset", activation="hardswish", **block),

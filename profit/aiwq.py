@@ -1,0 +1,283 @@
+"""AIWQ: activation instability induced by weight quantization, measured while a network trains.
+
+Source: PROFIT (arXiv 2008.04693), section 3.2; docs/maths.md, section 3. Per layer and iteration t, on the same input,
+the output with the quantized weights of this iteration is compared with the output that those of iteration t - 1 would
+have given: Gaussian KL per output channel, mean over the channels, exponential average over the iterations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.hooks import RemovableHandle
+
+from profit_kernels import aiwq_conv2d, aiwq_kl
+
+from .errors import TrainingError
+from .nn.conv import QuantConv2d
+from .nn.quantizer import InputQuantizer
+
+MODES = ("corrected", "original")
+MAX_KL = 1.0  # corrected: a channel counts at most this much; original: a layer's step above it is dropped
+
+
+class AIWQMonitor:
+    """Running AIWQ of every convolution that is directly followed by BatchNorm.
+
+    Use::
+
+        with AIWQMonitor(model) as monitor:
+            for x, target in loader:
+                loss(model(x), target).backward()
+                optimizer.step(); optimizer.zero_grad()
+                monitor.step()
+        scores = monitor.scores()
+
+    What is sampled: forward passes of layers in training mode with gradients enabled, so that evaluation and BatchNorm
+    re-estimation in between leave no trace. All forward passes between two calls of `step()` belong to one iteration
+    (gradient accumulation, a layer used twice, recomputation in checkpointing): their KLs are averaged into one sample.
+    A layer that does not run in an iteration gets no sample from it. The hooks never wait for the device; reading
+    `scores()`, `clamped` or `skipped` does.
+
+    A deep copy of the model (a weight average, say) is not sampled. Hooks and `torch.compile` agree as far as eager hooks
+    do: they break the graph while the monitor is attached. In several processes each one samples its own batches: take
+    one process's scores everywhere before freezing.
+
+    Args:
+        model: converted model; the layers are its `QuantConv2d` with `ranked` set.
+        mode: "corrected" compares with the layer's own padding, counts a channel's KL at most as 1, and leaves out NaN
+            channels (a layer's step with no other channel is skipped). "original" is the published code's behaviour:
+            the old output always zero-padded, channels with zero deviation left out, a layer's step with a mean above 1
+            dropped, and a NaN kept for ever.
+        every: sample every k-th iteration only; each sample still compares with the iteration right before.
+        decay: of the running mean, in [0, 1). See `profit.decay.aiwq_decay_for` for short runs.
+
+    Raises:
+        ValueError: an argument out of range, or a model without ranked convolutions.
+    """
+
+    def __init__(self, model: nn.Module, mode: str = "corrected", every: int = 1, decay: float = 0.999) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number >= 1, got {every!r}")
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        self.mode, self.every, self.decay = mode, every, decay
+        self._layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantConv2d) and m.ranked}
+        if not self._layers:
+            raise ValueError("the model has no quantized convolution directly followed by BatchNorm: nothing to rank")
+        self._iteration = 0
+        self._previous: dict[str, Tensor] = {}  # quantized weights of the iteration before
+        self._captured: dict[str, Tensor] = {}  # of this iteration, taken at its first sampled forward
+        self._pending: list[tuple[int, Tensor]] = []  # (layer index, KL [C]; original: [1]) of this iteration
+        # Columns: running mean, samples in it, channels clamped, steps skipped. float64 holds the counts exactly.
+        self._stats = torch.zeros(len(self._layers), 4, dtype=torch.float64)
+        self._handles: list[RemovableHandle] = [
+            layer.register_forward_hook(_Probe(self, index, name))
+            for index, (name, layer) in enumerate(self._layers.items())
+        ]
+
+    @torch.no_grad()
+    def _observe(self, index: int, name: str, x: Tensor, y_new: Tensor) -> None:
+        needed_next = (self._iteration + 1) % self.every == 0
+        if needed_next and not self._captured:
+            # All layers at once, so that one that does not run now still has a previous weight in the next iteration.
+            self._captured = {name: _quantized_weight(layer) for name, layer in self._layers.items()}
+        if self._previous and self._iteration % self.every == 0:
+            layer = self._layers[name]
+            measure = _corrected_kl if self.mode == "corrected" else _original_kl
+            self._pending.append((index, measure(layer, x, y_new, self._previous[name].to(layer.weight.device))))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """End the iteration: call after every optimizer step, also where the step was skipped."""
+        if self._pending:
+            self._fold()
+        self._pending = []
+        self._previous, self._captured = self._captured, {}
+        self._iteration += 1
+
+    def _fold(self) -> None:
+        """Add this iteration's KLs to the running means."""
+        indices = [index for index, _ in self._pending]
+        # Rows of unequal length are filled up with NaN, which the corrected mean leaves out anyway.
+        kl = pad_sequence([kl.double() for _, kl in self._pending], batch_first=True, padding_value=float("nan"))
+        self._stats = self._stats.to(kl.device)
+        if self.mode == "corrected":
+            rows, over = kl.clamp(max=MAX_KL).nanmean(1), (kl > MAX_KL).sum(1)
+            valid_row = ~rows.isnan()
+        else:
+            rows, over = kl[:, 0], torch.zeros_like(kl[:, 0])
+            valid_row = torch.ones_like(rows, dtype=torch.bool)
+        layer = torch.tensor(indices).to(kl.device, non_blocking=True)
+        totals = torch.stack((rows.where(valid_row, 0.0), valid_row, over, torch.ones_like(rows)), 1).double()
+        # index_put_ with accumulate sums in a fixed order on every device, unlike index_add_.
+        total, count, over, seen = torch.zeros_like(self._stats).index_put_((layer,), totals, accumulate=True).unbind(1)
+        sample = total / count
+        valid = (count > 0) if self.mode == "corrected" else (seen > 0) & ~(sample > MAX_KL)
+        mean, samples, clamped, skipped = self._stats.unbind(1)
+        mean.copy_(torch.where(valid, self.decay * mean + (1.0 - self.decay) * sample, mean))
+        samples += valid
+        clamped += over
+        skipped += (seen > 0) & ~valid
+
+    def running_means(self) -> dict[str, float]:
+        """The raw exponential averages, which start from 0."""
+        return dict(zip(self._layers, self._stats[:, 0].tolist(), strict=True))
+
+    def samples(self) -> dict[str, int]:
+        """How many samples entered each layer's average."""
+        return {name: int(n) for name, n in zip(self._layers, self._stats[:, 1].tolist(), strict=True)}
+
+    def scores(self) -> dict[str, float]:
+        """AIWQ per layer: the running mean m, bias-corrected as m / (1 - decay^n) for the n samples that entered it.
+
+        A layer without a sample scores 0. In "original" mode a score may be NaN.
+
+        Raises:
+            TrainingError: no layer has a sample.
+        """
+        samples = self.samples()
+        if not any(samples.values()):
+            raise TrainingError(
+                "AIWQ has no sample: train at least two iterations with the monitor attached, calling step() after each"
+            )
+        means = self.running_means()
+        return {name: means[name] / (1.0 - self.decay**n) if n else 0.0 for name, n in samples.items()}
+
+    @property
+    def steps(self) -> int:
+        """How many times `step()` was called."""
+        return self._iteration
+
+    @property
+    def clamped(self) -> int:
+        """How many channel values were clamped at a KL of 1, over all layers and samples."""
+        return int(self._stats[:, 2].sum())
+
+    @property
+    def skipped(self) -> int:
+        """How many samples of a layer were left out, over all layers: only NaN (corrected), mean above 1 (original)."""
+        return int(self._stats[:, 3].sum())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything as of the last `step()`, in tensors and integers: a resumed run samples bit for bit the same."""
+        state: dict[str, Any] = {
+            "iteration": self._iteration,
+            "every": self.every,
+            "mode": MODES.index(self.mode),
+            "decay": torch.tensor(self.decay, dtype=torch.float64),
+        }
+        state.update((f"layer.{name}", row.clone()) for name, row in zip(self._layers, self._stats, strict=True))
+        state.update((f"previous.{name}", weight.clone()) for name, weight in self._previous.items())
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Carry on from `state_dict`.
+
+        Raises:
+            ValueError: the state is of other layers or of another mode, `every` or decay.
+        """
+        saved = (MODES[int(state["mode"])], int(state["every"]), float(state["decay"]))
+        if saved != (self.mode, self.every, self.decay):
+            raise ValueError(
+                f"saved AIWQ state has mode, every, decay = {saved}; this monitor {(self.mode, self.every, self.decay)}"
+            )
+        rows = {key.removeprefix("layer."): value for key, value in state.items() if key.startswith("layer.")}
+        differing = sorted(set(rows) ^ set(self._layers))
+        if differing:
+            raise ValueError(f"saved AIWQ state is of other layers; differing: {', '.join(differing[:5])}")
+        self._iteration = int(state["iteration"])
+        self._stats = torch.stack([rows[name] for name in self._layers]).to(self._stats)
+        self._previous = {
+            name: state[f"previous.{name}"].to(layer.weight.device, copy=True)
+            for name, layer in self._layers.items()
+            if f"previous.{name}" in state
+        }
+        self._captured, self._pending = {}, []
+
+    def remove(self) -> None:
+        """Detach from the model; what was measured stays readable."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._previous, self._captured, self._pending = {}, {}, []
+
+    def __enter__(self) -> AIWQMonitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+class _Probe:
+    """The forward hook of one layer. Copies of the model get `_no_probe` in its place."""
+
+    def __init__(self, monitor: AIWQMonitor, index: int, name: str) -> None:
+        self.monitor, self.index, self.name = monitor, index, name
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if module.training and torch.is_grad_enabled():
+            self.monitor._observe(self.index, self.name, args[0], output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # copy.deepcopy and pickle both come here: a copied layer must not report to the monitor of the original.
+        return _make_no_probe, ()
+
+
+def _no_probe(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    return None
+
+
+def _make_no_probe() -> Any:
+    return _no_probe
+
+
+def _quantized_weight(layer: QuantConv2d) -> Tensor:
+    weight = layer.quantized_weight().detach()
+    # Without weight quantization this is the parameter itself, which the optimizer changes in place.
+    return weight.clone() if weight.data_ptr() == layer.weight.data_ptr() else weight
+
+
+def _corrected_kl(layer: QuantConv2d, x: Tensor, y_new: Tensor, weight_old: Tensor) -> Tensor:
+    """KL [C] with the layer's own padding; the operator quantizes the raw input itself where it can."""
+    quantizer: InputQuantizer = layer.input_quantizer
+    settings: dict[str, Any] = {}
+    if quantizer.is_duq and layer.padding_mode == "zeros":
+        settings = {"activation": quantizer.activation, "padding": layer.padding4(x), "pad_value": layer.pad_value}
+        if quantizer.bits is not None:
+            settings |= {"a_x": quantizer.a, "c_x": quantizer.c, "act_bits": quantizer.bits}
+            settings |= {"signed": quantizer.signed, "offset": quantizer.offset}
+    else:
+        x = quantizer(x)
+        if layer.padding_mode == "zeros":
+            settings = {"padding": layer.padding4(x), "pad_value": layer.pad_value}
+        else:
+            x = F.pad(x, layer.padding4(x), mode=layer.padding_mode)
+    return aiwq_conv2d(
+        x, y_new, weight_old, layer.bias, stride=layer.stride, dilation=layer.dilation, groups=layer.groups, **settings
+    )
+
+
+def _original_kl(layer: QuantConv2d, x: Tensor, y_new: Tensor, weight_old: Tensor) -> Tensor:
+    """Mean KL [1] over the channels that vary, the old output zero-padded whatever the layer does."""
+    x = F.pad(layer.input_quantizer(x), layer.padding4(x))
+    y_old = F.conv2d(x, weight_old.to(x.dtype), layer.bias, layer.stride, 0, layer.dilation, layer.groups)
+    kl = aiwq_kl(y_new, y_old, eps=0.0)
+    dead = (_deviation(y_new) == 0) | (_deviation(y_old) == 0)
+    # 0 / 0 where no channel is live: the NaN is the published behaviour.
+    return kl.where(~dead, 0.0).sum().div((~dead).sum()).reshape(1)
+
+
+def _deviation(y: Tensor) -> Tensor:
+    return y.detach().transpose(0, 1).flatten(1).std(1)

@@ -1,0 +1,192 @@
+"""Ranges of the input quantizers from data: a percentile of what each quantizer really sees."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .config import check_choice
+from .errors import CalibrationError, ConversionError
+from .nn import InputQuantizer, QuantLayer
+from .nn.quantizer import apply_activation
+from .quantize import quant_layers
+
+CAPACITY = 1 << 20  # values kept per layer; beyond it a random half is dropped, again and again
+_DEFAULT = {"corrected": 99.9, "original": 95.0}
+
+
+def calibrate_(
+    model: nn.Module,
+    loader: Iterable[Any],
+    batches: int = 8,
+    percentile: float | Literal["max"] | None = None,
+    mode: Literal["corrected", "original"] = "corrected",
+    empty_range: float | None = None,
+) -> dict[str, float]:
+    """Set A = C of every input quantizer from up to `batches` batches, in place.
+
+    The model runs in eval mode without gradients and with activations in full precision (weights stay as they are);
+    BatchNorm statistics, training flags and bit widths are as before afterwards. Ranges set earlier are replaced.
+
+    Args:
+        model: converted by `quantize_`.
+        loader: batches: tensors, or tuples / lists whose first item is the tensor, or mappings of keyword arguments.
+            Moved to the model's device.
+        batches: how many batches to use; a shorter loader is used up.
+        percentile: of the positive part, in (0, 100], linear between order statistics; or "max". None means 99.9
+            (95 in mode "original").
+        mode: "corrected" looks at h = act(x) for unsigned inputs, |h| for signed, h - offset for offset inputs. "original"
+            does as the authors' code: x as it enters, before activation, absolute value and shift, at the order statistic
+            of rank floor(n * percentile / 100), and at most 6 for ReLU6.
+        empty_range: range of a layer that saw no positive value at all; None makes that an error.
+
+    Memory: up to 2^20 values per layer are kept. Where there are more, a uniform random part of them is (with a generator
+    seeded here, so the result is the same every time); "max" is always exact.
+
+    Returns:
+        Layer name -> range, for every quantized input.
+
+    Raises:
+        CalibrationError: an empty loader; NaN or infinity at the input of a layer; a layer that did not run, or saw no
+            positive value. No range is changed then.
+        ConversionError: nothing is converted. ValueError: an argument out of its range.
+    """
+    check_choice(mode, ("corrected", "original"), "mode")
+    percentile = _DEFAULT[mode] if percentile is None else percentile
+    if percentile != "max" and not (isinstance(percentile, (int, float)) and 0 < percentile <= 100):
+        raise ValueError(f"percentile={percentile!r} must be above 0 and at most 100, or 'max'")
+    if batches < 1:
+        raise ValueError(f"batches={batches} must be at least 1")
+    if empty_range is not None and not (math.isfinite(empty_range) and empty_range > 0):
+        raise ValueError(f"empty_range={empty_range} must be positive and finite")
+    layers = quant_layers(model)
+    if not layers:
+        raise ConversionError("the model has no quantized layer: convert it with quantize_ first")
+    layers = {name: layer for name, layer in layers.items() if layer.input_quantizer.kind != "raw"}
+
+    samples = {name: _Sample(keep_all=percentile != "max") for name in layers}
+    device = next(model.parameters()).device
+    used = 0
+    with _observing(model, layers, samples, mode):
+        for batch in islice(iter(loader), batches):
+            _run(model, batch, device)
+            used += 1
+    if used == 0:
+        raise CalibrationError("calibration: the loader gave no batch; it needs at least one")
+    ranges = {name: _range(name, samples[name], percentile, mode, empty_range) for name in layers}
+    if mode == "original":
+        relu6 = [name for name, layer in layers.items() if layer.input_quantizer.activation == "relu6"]
+        ranges.update({name: min(ranges[name], 6.0) for name in relu6})
+    for name, value in ranges.items():
+        layers[name].input_quantizer.set_range(value)
+    return ranges
+
+
+def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
+    if isinstance(batch, Mapping):
+        model(**{key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()})
+        return
+    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(images, Tensor):
+        raise CalibrationError(f"calibration: a batch is a {type(images).__name__}; the loader must give tensors, "
+                               "(tensor, ...) tuples or mappings of arguments")  # fmt: skip
+    model(images.to(device))
+
+
+@contextmanager
+def _observing(model: nn.Module, layers: Mapping[str, QuantLayer], samples: Mapping[str, _Sample], mode: str):
+    """Eval mode, activations in full precision, and a hook in front of every layer; all undone afterwards."""
+    training = [m for m in model.modules() if m.training]
+    bits = [(layer.input_quantizer, layer.input_quantizer.bits) for layer in layers.values()]
+    handles = [
+        layer.register_forward_pre_hook(_hook(name, samples[name], mode), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    model.eval()
+    try:
+        for quantizer, _ in bits:
+            quantizer.bits = None
+        with torch.no_grad():
+            yield
+    finally:
+        for quantizer, previous in bits:
+            quantizer.bits = previous
+        for handle in handles:
+            handle.remove()
+        for module in training:
+            module.training = True
+
+
+def _hook(name: str, sample: _Sample, mode: str):
+    def hook(layer: QuantLayer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        seen = _seen(layer.input_quantizer, next(iter((*args, *kwargs.values()))), mode)
+        if not bool(torch.isfinite(seen).all()):
+            raise CalibrationError(f"calibration: the input of layer {name!r} holds NaN or infinity")
+        sample.add(seen[seen > 0])
+
+    return hook
+
+
+def _seen(quantizer: InputQuantizer, x: Tensor, mode: str) -> Tensor:
+    """What the range is taken from, in float32 or better."""
+    x = x.float() if x.dtype.itemsize < 4 else x
+    if mode == "original":
+        return x
+    h = apply_activation(x, quantizer.activation)
+    return h.abs() if quantizer.signed else h - quantizer.offset
+
+
+class _Sample:
+    """Positive values of one layer: all of them up to CAPACITY, then a uniform random part; the largest one exactly."""
+
+    def __init__(self, keep_all: bool) -> None:
+        self.chunks: list[Tensor] = []
+        self.largest = 0.0
+        self.size, self.share = 0, 1.0
+        self.keep = keep_all
+        self.generator = torch.Generator().manual_seed(0)
+
+    def add(self, values: Tensor) -> None:
+        if values.numel() == 0:
+            return
+        self.largest = max(self.largest, float(values.max()))
+        if not self.keep:
+            return
+        self._append(values if self.share == 1.0 else self._part(values, round(values.numel() * self.share)))
+        while self.size > CAPACITY:
+            values = torch.cat(self.chunks)
+            self.chunks, self.size, self.share = [], 0, self.share / 2
+            self._append(self._part(values, values.numel() // 2))
+
+    def _append(self, values: Tensor) -> None:
+        self.chunks.append(values)
+        self.size += values.numel()
+
+    def _part(self, values: Tensor, number: int) -> Tensor:
+        """`number` of the values, drawn with replacement: uniform, and no index as large as the data."""
+        return values[torch.randint(values.numel(), (number,), generator=self.generator).to(values.device)]
+
+
+def _range(name: str, sample: _Sample, percentile: float | str, mode: str, empty_range: float | None) -> float:
+    if sample.largest == 0:
+        if empty_range is not None:
+            return empty_range
+        raise CalibrationError(
+            f"calibration: layer {name!r} did not run, or its input has no positive value to take a range from; "
+            "use more or other data, or give such layers a range with empty_range"
+        )
+    if percentile == "max" or sample.size == 0:
+        return sample.largest
+    ordered = torch.cat(sample.chunks).double().sort().values
+    if mode == "original":
+        return float(ordered[min(int(len(ordered) * float(percentile) / 100), len(ordered) - 1)])
+    place = (len(ordered) - 1) * float(percentile) / 100
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return float(ordered[low] + (ordered[high] - ordered[low]) * (place - low))

@@ -1,0 +1,144 @@
+"""The command line: `profit train`, `evaluate`, `report`, `doctor`.
+
+Heavy imports are inside the commands: `profit --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from profit.errors import ProfitError
+
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    help="Train mobile networks at 4 bits and below with PROFIT (Park & Yoo, ECCV 2020).",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Change one value of the recipe; may be repeated."),
+]
+Run = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or a run folder for its recipe.", show_default=False)],
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/<run.name> by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Carry on the run in the folder.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead of progress bars.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Train a recipe through all its phases and write a report.
+
+    [dim]profit train recipes/digits_w4a4.yaml --set data.fold=1[/dim]
+    """
+    from profit.train.recipe_io import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    stored = (recipe / "recipe.yaml").is_file()
+    folder = out or (recipe if stored and resume else Path("runs") / loaded.run.name)
+
+    from profit.train.runs import MODEL, is_begun
+    from profit.train.trainer import train as run_training
+
+    finished = resume and (folder / MODEL).is_file()
+    try:
+        results = run_training(loaded, folder, resume=resume, quiet=quiet)
+    except KeyboardInterrupt:
+        kept = f"the last finished epoch is kept in {folder}; the same command with --resume carries on from there"
+        print(f"interrupted: {kept if is_begun(folder) else 'no epoch was finished yet'}", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if finished:
+        print(f"{folder} is finished already")
+    _print_results(results)
+    print(f"report: {folder / 'report.html'}")
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="best, best_ema, last or a weight file; the final model by default.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="A folder of images or a data set name; the run's own by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Test the network of a run."""
+    from profit.train.evaluate_run import evaluate_run
+
+    result = evaluate_run(run, checkpoint=checkpoint, data=data, overrides=overrides or ())
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{result['weights']} ({result['bits']}): accuracy {result['accuracy']:.2f}%, loss {result['loss']:.4f} "
+        f"on {result['images']} test images of {result['data']}"
+    )
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write report.html of a run from its results.json."""
+    from profit.report import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def doctor() -> None:
+    """Show what is built, which backend serves which operator, and why anything is missing."""
+    from profit.doctor import doctor as run_doctor
+
+    run_doctor()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit status: 0, 2 for an error told in one line, 130 for Ctrl-C."""
+    try:
+        app(args=None if argv is None else list(argv), prog_name="profit")
+    except ProfitError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_ERROR
+    except SystemExit as stop:  # the way typer ends, also after a usage error
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def _print_results(results: dict) -> None:
+    """The table of phases at the end of a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{results['run']['name']}: {results['model']['name']} on {results['data']['name']}")
+    for column, justify in (
+        ("phase", "left"), ("bits", "left"), ("frozen", "right"), ("epochs", "right"), ("accuracy %", "right"),
+        ("average of weights %", "right"), ("seconds", "right"),
+    ):  # fmt: skip
+        table.add_column(column, justify=justify)
+    for phase in results["phases"]:
+        ema = phase["accuracy_ema"]
+        table.add_row(
+            phase["name"], phase["bits"], str(phase["frozen"]), str(phase["epochs"]), f"{phase['accuracy']:.2f}",
+            "-" if ema is None else f"{ema:.2f}", f"{phase['wall_s']:.1f}",
+        )  # fmt: skip
+    console = Console() if sys.stdout.isatty() else Console(width=110)
+    console.print(table)
+    fp = results["final"]["accuracy_fp"]
+    print(
+        f"final accuracy {results['final']['accuracy']:.2f}%"
+        + ("" if fp is None else f" (full precision {fp:.2f}%)")
+        + f", {results['run']['wall_s']:.0f} s of training"
+    )

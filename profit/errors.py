@@ -1,0 +1,33 @@
+"""The errors people see: one line each, saying what was wrong, where, and what to do.
+
+Wrong arguments of a function are ordinary ``ValueError`` / ``TypeError``; the classes below stand for a model, data or
+file that cannot be used. The command line prints ``error: <message>`` for a :class:`ProfitError` and exits with status 2.
+"""
+
+
+class ProfitError(RuntimeError):
+    """Base of every error this package raises on purpose."""
+
+
+class ConversionError(ProfitError):
+    """A model (or one named layer of it) cannot be converted; the model is left unchanged."""
+
+
+class CalibrationError(ProfitError):
+    """A quantizer has no usable range: not calibrated yet, or the data gave it none."""
+
+
+class RecipeError(ProfitError):
+    """A recipe has an unknown key or an impossible value."""
+
+
+class CheckpointError(ProfitError):
+    """A checkpoint is damaged, or belongs to another model."""
+
+
+class DataError(ProfitError):
+    """Training or test data is missing or unreadable."""
+
+
+class TrainingError(ProfitError):
+    """Training cannot go on (a loss that is not finite, ...)."""

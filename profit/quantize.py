@@ -1,0 +1,225 @@
+"""Conversion of a model to quantized layers, and what is done with a converted model: bit widths and the layer table."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import ACTIVATIONS, DuQConfig, check_bits
+from .dataflow import LayerFlow, is_layer, trace
+from .errors import ConversionError
+from .nn import QuantConv2d, QuantLayer, QuantLinear
+from .nn.conv import is_same_padded
+from .nn.layer import check_own_parameters
+from .nn.linear import check_plain_linear
+from .table import LayerTable, make_table
+
+FilterFn = Callable[[nn.Module, str], bool]
+
+
+class _Unchanged(Enum):
+    UNCHANGED = "unchanged"
+
+
+UNCHANGED = _Unchanged.UNCHANGED
+
+
+def quantize_(
+    model: nn.Module, config: DuQConfig | None = None, example_inputs: Any = None, filter_fn: FilterFn | None = None
+) -> LayerTable:
+    """Replace every Conv2d and Linear of `model` by its quantized counterpart, in place.
+
+    The kind of each layer's input follows from the data flow (:func:`profit.dataflow.trace`). Parameters stay the same
+    objects, so an optimizer built before keeps working; their names stay too. After conversion run `calibrate_` (unless
+    act_bits is None) before the first forward.
+
+    Args:
+        model: in any mode; it may not be a Conv2d or Linear itself.
+        config: None means DuQConfig().
+        example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments for one forward; a batch of one
+            image of the usual size will do.
+        filter_fn: `filter_fn(module, name)` is true for the layers to convert; None converts all.
+
+    Returns:
+        The layer table, in the order in which the layers run.
+
+    Warns:
+        UserWarning: padding="negative" changes what convolutions of an already trained model compute.
+
+    Raises:
+        ConversionError: the model, or one named layer, cannot be converted. The model is unchanged then.
+        CalibrationError: a layer whose weights are all zero or not finite. The model is unchanged then.
+    """
+    config = DuQConfig() if config is None else config
+    if example_inputs is None:
+        raise TypeError("quantize_ needs example_inputs: one batch for a forward that shows what feeds each layer")
+    layers = _layers_to_convert(model, config, filter_fn)
+    settings = {name: config.for_layer(name) for name in layers}
+    decided = [name for name, s in settings.items() if s.kind is not None or s.offset is not None]
+    flows = trace(model, example_inputs, layers=layers, decided=decided)
+
+    config = _with_edge_bits(config, flows)
+    swaps: dict[nn.Module, nn.Module] = {}
+    for order, flow in enumerate(flows):
+        source = layers[flow.name]
+        signed = config.input_kinds == "original" and flow.squeeze_excite and flow.kind != "raw"
+        producer = _activation_to_fuse(model, config, flow)
+        cls = QuantConv2d if isinstance(source, nn.Conv2d) else QuantLinear
+        layer = cls.from_float(
+            source, config, kind="signed" if signed else flow.kind, offset=0.0 if signed else flow.offset,
+            activation="none" if producer is None else flow.activation, name=flow.name,
+            ranked=flow.followed_by_bn is not None and isinstance(source, nn.Conv2d),
+        )  # fmt: skip
+        layer.macs, layer.order, layer.batch_norm = flow.macs, order, flow.followed_by_bn or ""
+        swaps[source] = layer
+        if producer is not None:
+            layer.fused_from = flow.producer
+            swaps[producer] = nn.Identity().train(producer.training)
+    _warn_of_padding(model, [layer for layer in swaps.values() if isinstance(layer, QuantConv2d)])
+    swap_modules(model, swaps)
+    return layer_table(model)
+
+
+def _layers_to_convert(model: nn.Module, config: DuQConfig, filter_fn: FilterFn | None) -> dict[str, nn.Module]:
+    """Name -> layer, after every refusal that needs no forward."""
+    layers: dict[str, nn.Module] = {}
+    names: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayer):
+            raise ConversionError(
+                f"the model is converted already (layer {name!r}): use set_bits, or convert a fresh model"
+            )
+        if type(module).__name__ == "OptimizedModule":
+            raise ConversionError(f"{name or 'the model'} is compiled: convert the model first, then torch.compile it")
+        if isinstance(module, torch.jit.ScriptModule) and any(p.dim() > 1 for p in module.parameters()):
+            raise ConversionError(
+                f"{name or 'the model'} is scripted, so its layers cannot be replaced; build it unscripted"
+            )
+        if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+            continue
+        names.append(name)
+        if config.for_layer(name).skip or (filter_fn is not None and not filter_fn(module, name)):
+            continue
+        if not is_layer(module):
+            raise ConversionError(
+                f"layer {name!r}: {type(module).__name__} is not supported (Conv2d and Linear are); "
+                f"leave it in full precision with overrides={{{name!r}: {{'skip': True}}}} or filter_fn"
+            )
+        if name == "":
+            raise ConversionError(
+                "the model is a single layer, which cannot be replaced in place: wrap it in nn.Sequential"
+            )
+        check_own_parameters(module, name)
+        if isinstance(module, nn.Conv2d):
+            is_same_padded(module, name)
+        else:
+            check_plain_linear(module, name)
+        layers[name] = module
+    for pattern in config.overrides:
+        if not any(pattern == name or fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+            hint = f"; the nearest name is {near[0]!r}" if near else ""
+            raise ConversionError(f"overrides: no layer is called {pattern!r}{hint}")
+    if not layers:
+        raise ConversionError("the model has no convolution or linear layer to quantize")
+    return layers
+
+
+def _with_edge_bits(config: DuQConfig, flows: list[LayerFlow]) -> DuQConfig:
+    """`first_last_bits` written out as overrides of the image-fed layers (or the first one) and of the last one."""
+    if config.first_last_bits is None:
+        return config
+    edges = [flow.name for flow in flows if flow.kind == "raw"] or [flows[0].name]
+    overrides = dict(config.overrides)
+    for name in (*edges, flows[-1].name):
+        if not config.for_layer(name).own_weight_bits:
+            overrides[name] = {**overrides.get(name, {}), "weight_bits": config.first_last_bits}
+    return replace(config, overrides=overrides)
+
+
+def _activation_to_fuse(model: nn.Module, config: DuQConfig, flow: LayerFlow) -> nn.Module | None:
+    """The activation module that moves into this layer's quantizer, or None where it has to stay."""
+    if not (config.fuse_activations and flow.sole_reader and flow.producer) or flow.activation not in ACTIVATIONS:
+        return None
+    producer = model.get_submodule(flow.producer)
+    has_state = any(True for _ in producer.parameters()) or any(True for _ in producer.buffers())
+    names = [name for name, module in model.named_modules(remove_duplicate=False) if module is producer]
+    return None if has_state or len(names) != 1 else producer
+
+
+def _warn_of_padding(model: nn.Module, convs: list[QuantConv2d]) -> None:
+    """Warn where negative padding changes a network that was trained, told by BatchNorm statistics that moved."""
+    padded = [conv for conv in convs if conv.pad_value != 0]
+    means = [m.running_mean for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if padded and any(mean is not None and not mean.is_meta and bool(mean.any()) for mean in means):
+        warnings.warn(
+            f"{len(padded)} convolutions (the first is {padded[0].layer_name!r}) now pad with the lower bound of their input "
+            f"({padded[0].pad_value:g}) instead of 0: train in full precision first, or convert with padding='zero'",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def swap_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
+    """Put `swaps[old]` wherever `old` stands in `model`, under every name it has."""
+    children = [(parent, key, child) for parent in model.modules() for key, child in parent._modules.items()]
+    places = [(parent, key, swaps[child]) for parent, key, child in children if child in swaps]
+    for parent, key, new in places:
+        parent._modules[key] = new
+        if key in vars(parent):  # a plain attribute of the same name would hide the module
+            del vars(parent)[key]
+
+
+def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    """Name -> quantized layer, in the order in which they ran at conversion."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantLayer)]
+    return dict(sorted(found, key=lambda item: item[1].order))
+
+
+def layer_table(model: nn.Module) -> LayerTable:
+    """The layer table of a converted model as it stands now; empty if nothing is converted."""
+    return make_table(quant_layers(model).items())
+
+
+def set_bits(
+    model: nn.Module, weight_bits: int | None | _Unchanged = UNCHANGED, act_bits: int | None | _Unchanged = UNCHANGED
+) -> None:
+    """Change the bit widths of a converted model; intervals are carried over from the previous width.
+
+    Layers with a width of their own (`overrides`, `first_last_bits`) keep it, except that None (full precision) holds for
+    all. The first weight width sets the weight intervals from the weights; activations need `calibrate_` once.
+
+    Args:
+        weight_bits, act_bits: 2 to 8, None for full precision; leave out to leave as it is.
+
+    Raises:
+        ValueError, TypeError: not a bit width. ConversionError: nothing is converted. CalibrationError: a layer's weights
+            are all zero or not finite; bit widths are as before then.
+    """
+    for bits, what in ((weight_bits, "weight_bits"), (act_bits, "act_bits")):
+        if bits is not UNCHANGED:
+            check_bits(bits, what)
+    layers = quant_layers(model).values()
+    if not layers:
+        raise ConversionError("the model has no quantized layer: convert it with quantize_ first")
+    before = [(layer, layer.weight_quantizer.bits) for layer in layers]
+    try:
+        for layer in layers:
+            if weight_bits is not UNCHANGED:
+                layer.set_weight_bits(weight_bits)
+    except BaseException:
+        for layer, bits in before:
+            layer.weight_quantizer.bits = bits
+            layer.refresh_cache()
+        raise
+    for layer in layers:
+        if act_bits is not UNCHANGED:
+            layer.set_act_bits(act_bits)

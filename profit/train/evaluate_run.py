@@ -1,0 +1,66 @@
+"""Testing a finished (or unfinished) run again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from profit.data import create_data
+from profit.errors import CheckpointError, DataError
+from profit.quantize import quant_layers
+from profit.train.loop import evaluate
+from profit.train.network import load_network
+from profit.train.recipe_io import load_recipe
+from profit.train.runs import RECIPE, device_for, resolve_weights
+
+
+def evaluate_run(
+    folder: str | Path, *, checkpoint: str | None = None, data: str | None = None, overrides: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Test a run's network on the run's test set, or on other data.
+
+    Args:
+        folder: a run folder.
+        checkpoint: None for the final model; `best`, `best_ema`, `last`, or the path of a weight file.
+        data: None for the run's own; a folder of images or a data set name instead.
+        overrides: `section.key=value` texts on the run's recipe, such as `data.fold=1`.
+
+    Returns:
+        `{"weights", "bits", "data", "images", "loss", "accuracy"}`, accuracy in percent.
+
+    Raises:
+        CheckpointError: no run, or no such weights. DataError: data that cannot be used or have other classes.
+    """
+    folder = Path(folder)
+    if not (folder / RECIPE).is_file():
+        raise CheckpointError(f"{folder} is not a run folder: it has no {RECIPE}")
+    recipe = load_recipe(folder / RECIPE, overrides)
+    if data is not None:
+        is_folder = Path(data).is_dir()
+        chosen = replace(recipe.data, name="imagefolder" if is_folder else data, path=data if is_folder else None)
+        recipe = replace(recipe, data=chosen)
+    device = device_for(recipe)
+    weights = resolve_weights(folder, checkpoint)
+    model, architecture = load_network(weights, device)
+    bundle = create_data(recipe.data, seed=recipe.run.seed, device=device)
+    if (bundle.classes, bundle.in_chans) != (architecture.classes, architecture.in_chans):
+        raise DataError(
+            f"{bundle.name} has {bundle.classes} classes and {bundle.in_chans} channels, the network of {folder} "
+            f"{architecture.classes} and {architecture.in_chans}"
+        )
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
+    loss, accuracy = evaluate(model, bundle.test)
+    layer = list(quant_layers(model).values())[1]  # the first one sees the image, which is never quantized
+    return {
+        "weights": str(weights),
+        "bits": f"W{layer.weight_quantizer.bits or 32}A{layer.input_quantizer.bits or 32}",
+        "data": bundle.name,
+        "images": bundle.test_images,
+        "loss": loss,
+        "accuracy": accuracy,
+    }

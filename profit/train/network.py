@@ -1,0 +1,180 @@
+"""Networks and their files: building what a recipe names, saving it with all that is needed to build it again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from profit.data import DataBundle
+from profit.errors import CheckpointError, ConversionError, DataError
+from profit.models import create_model
+from profit.quantize import quantize_
+from profit.state import apply_quantization_state_, quantization_state
+from profit.train.checkpoint import load_checkpoint
+from profit.train.files import write_atomic
+from profit.train.recipe import Recipe
+
+FORMAT = "profit-model-1"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What `create_model` needs to build the same network."""
+
+    name: str
+    classes: int
+    in_chans: int
+    image_size: int
+    args: dict[str, Any]
+
+    def build(self, pretrained: bool = False) -> nn.Module:
+        """A freshly initialised full-precision network."""
+        return create_model(
+            self.name, classes=self.classes, in_chans=self.in_chans, pretrained=pretrained, args=self.args
+        )
+
+    def example_input(self, device: torch.device | str = "cpu") -> Tensor:
+        """Random images `[2, in_chans, image_size, image_size]`, from a generator of their own."""
+        shape = (2, self.in_chans, self.image_size, self.image_size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The content of a weight file; architecture and quantization are None for plain weights."""
+
+    state: dict[str, Tensor]
+    architecture: Architecture | None
+    quantization: dict[str, Any] | None
+
+
+def architecture_for(recipe: Recipe, data: DataBundle) -> Architecture:
+    """The recipe's network for these data.
+
+    Raises:
+        DataError: `model.classes` says another number of classes than the data have.
+    """
+    wanted = recipe.model.classes
+    if wanted is not None and wanted != data.classes:
+        raise DataError(f"model.classes is {wanted} but the data set {data.name} has {data.classes} classes")
+    return Architecture(recipe.model.name, data.classes, data.in_chans, data.image_size, dict(recipe.model.args))
+
+
+def build_network(recipe: Recipe, architecture: Architecture, device: torch.device | str) -> nn.Module:
+    """The recipe's network, converted and in full precision (bits None), with its initial weights.
+
+    Raises:
+        ConversionError: a network without a convolution. CheckpointError: `model.init` does not fit.
+    """
+    model = architecture.build(recipe.model.pretrained).to(device)
+    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        raise ConversionError(f"model.name: {architecture.name} has no convolution: there is nothing for PROFIT to rank")
+    weights = read_weights(recipe.model.init) if recipe.model.init else None
+    plain = weights is not None and weights.quantization is None
+    if weights is not None and plain:
+        load_weights(model, weights.state, recipe.model.init)
+    quantize_(model, recipe.quant, example_inputs=(architecture.example_input(device),))
+    if weights is not None and not plain:
+        if weights.architecture != architecture:
+            raise CheckpointError(f"model.init: {recipe.model.init} holds {_difference(weights.architecture, architecture)}")
+        load_weights(model, weights.state, recipe.model.init)
+    return model
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
+    """Load every tensor or none.
+
+    Raises:
+        CheckpointError: names or shapes differ; the first of them are named.
+    """
+    ours = model.state_dict()
+    missing, surplus = [key for key in ours if key not in state], [key for key in state if key not in ours]
+    shapes = [key for key in ours if key in state and ours[key].shape != state[key].shape]
+    for what, keys in (("lacks", missing), ("has the unknown", surplus), ("has another shape for", shapes)):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise CheckpointError(f"{source} does not fit this model: it {what} {', '.join(keys[:3])}{more}")
+    model.load_state_dict(state)
+
+
+def network_state(model: nn.Module, architecture: Architecture) -> dict[str, Any]:
+    """What a checkpoint stores of a network."""
+    return {
+        "architecture": asdict(architecture),
+        "quantization": quantization_state(model),
+        "model": model.state_dict(),
+    }
+
+
+def save_network(path: str | Path, model: nn.Module, architecture: Architecture, note: Mapping[str, Any]) -> None:
+    """Write weights to one .safetensors file whose metadata hold architecture, quantization and `note`."""
+    from safetensors.torch import save
+
+    tensors = {key: value.detach().to("cpu").contiguous().clone() for key, value in model.state_dict().items()}
+    metadata = {
+        "format": FORMAT,
+        "architecture": json.dumps(asdict(architecture)),
+        "quantization": json.dumps(quantization_state(model)),
+        "note": json.dumps(dict(note)),
+    }
+    write_atomic(path, save(tensors, metadata))
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read model.safetensors of a run, a checkpoint of a run, or plain weights.
+
+    Raises:
+        CheckpointError: missing, damaged, or no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if path.suffix in ("", ".json") or path.with_suffix(".json").is_file():
+        checkpoint = load_checkpoint(path)
+        if not {"architecture", "quantization", "model"} <= set(checkpoint):
+            raise CheckpointError(f"{path} holds no model")
+        return Weights(checkpoint["model"], Architecture(**checkpoint["architecture"]), checkpoint["quantization"])
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path} is not a .safetensors file (other formats may run code when they are opened)")
+    if not path.is_file():
+        raise CheckpointError(f"there is no weight file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable .safetensors file: {error}") from None
+    if metadata.get("format") != FORMAT:
+        return Weights(state, None, None)
+    return Weights(state, Architecture(**json.loads(metadata["architecture"])), json.loads(metadata["quantization"]))
+
+
+def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Architecture]:
+    """The quantized network of a run folder, of its model.safetensors or of one of its checkpoints, in eval mode.
+
+    Raises:
+        CheckpointError: no such file, damaged, or plain weights that do not tell their architecture.
+    """
+    weights = read_weights(path)
+    if weights.architecture is None or weights.quantization is None:
+        raise CheckpointError(f"{path} holds plain weights and does not tell which network they are for")
+    model = weights.architecture.build()
+    apply_quantization_state_(model, weights.quantization)
+    load_weights(model, weights.state, path)
+    return model.to(device).eval(), weights.architecture
+
+
+def _difference(theirs: Architecture | None, ours: Architecture) -> str:
+    if theirs is None:
+        return "no architecture"
+    changed = [key for key, value in asdict(ours).items() if getattr(theirs, key) != value]
+    return ", ".join(f"{key} {getattr(theirs, key)!r}, not {getattr(ours, key)!r}" for key in changed)

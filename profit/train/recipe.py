@@ -1,0 +1,160 @@
+"""A training run as data: nested dataclasses with every value a run depends on.
+
+Reading and writing YAML and overriding single values are in `recipe_io`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from profit.config import DuQConfig
+from profit.schedule import PhaseSchedule
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Which network.
+
+    Attributes:
+        name: `digits_mobilenetv3` or a timm model name.
+        pretrained: start from timm's weights.
+        init: a .safetensors file to start from: a model.safetensors of a run, or plain weights of this architecture.
+        classes: number of outputs; None takes the data's, another number than the data's is refused.
+        args: further keyword arguments of the model.
+    """
+
+    name: str = "digits_mobilenetv3"
+    pretrained: bool = False
+    init: str | None = None
+    classes: int | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Which images. `fold`, `folds` and `shift` concern the digits only; the values after `limit` concern timm's only.
+
+    Attributes:
+        name: `digits`, `imagefolder`, `imagefolder:PATH`, or a timm data set name such as `torch/cifar10`.
+        path: folder of the data.
+        image_size: side of the square image.
+        batch_size, eval_batch_size: images per batch.
+        folds, fold: stratified folds; fold number `fold` (from 0) is the test set.
+        shift: largest random shift of a training image in pixels.
+        limit: keep at most this many training and test images.
+        in_chans, train_split, test_split, classes, workers, download, mean, std, crop_pct, interpolation, hflip,
+        color_jitter, auto_augment, scale: see `profit.data.timm_data.timm_data`.
+    """
+
+    name: str = "digits"
+    path: str | None = None
+    image_size: int = 16
+    batch_size: int = 64
+    eval_batch_size: int = 256
+    folds: int = 5
+    fold: int = 0
+    shift: int = 0
+    limit: int | None = None
+    in_chans: int = 3
+    train_split: str = "train"
+    test_split: str = "val"
+    classes: int | None = None
+    workers: int = 2
+    download: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_pct: float | None = None
+    interpolation: str = "bilinear"
+    hflip: float = 0.5
+    color_jitter: float | None = None
+    auto_augment: str | None = None
+    scale: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class CalibrationRecipe:
+    """How the activation intervals start; see `profit.calibrate_`. `percentile` is a number, "max", or None for 99.9."""
+
+    batches: int = 8
+    percentile: float | Literal["max"] | None = None
+    mode: Literal["corrected", "original"] = "corrected"
+
+
+@dataclass(frozen=True)
+class OptimRecipe:
+    """SGD; learning rates, weight decay and their course belong to the schedule. `clip_grad` is a gradient norm."""
+
+    momentum: float = 0.9
+    nesterov: bool = True
+    clip_grad: float | None = None
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class TeacherRecipe:
+    """Loss = CE + `weight` * CE(softmax of the teacher, student), temperature 1.
+
+    Attributes:
+        source: None (no teacher), `self` (the network itself as it is when quantization begins), a run folder, a
+            .safetensors file of a run, or a timm model name with pretrained weights.
+    """
+
+    source: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class EmaRecipe:
+    """Exponential average of the weights, begun anew in every phase; `decay` None follows the phase's steps."""
+
+    enabled: bool = True
+    decay: float | None = None
+
+
+@dataclass(frozen=True)
+class AiwqRecipe:
+    """See `profit.AIWQMonitor`; `decay` None follows the number of sampled steps."""
+
+    mode: Literal["corrected", "original"] = "corrected"
+    every: int = 1
+    decay: float | None = None
+
+
+@dataclass(frozen=True)
+class RunRecipe:
+    """The run itself.
+
+    Attributes:
+        name: title in the report and of the default output folder.
+        seed: of initial weights, order and augmentation.
+        threads: torch threads; None leaves torch's choice. One is fastest for very small nets.
+        device: `cpu`, `cuda`, `cuda:1`, ... or `auto`.
+        eval_every: test after every n-th epoch; 0 only at the end of a phase.
+        weights: which weights become model.safetensors: the trained ones (`model`) or their average (`ema`).
+        tensorboard: write curves for TensorBoard.
+    """
+
+    name: str = "run"
+    seed: int = 0
+    threads: int | None = 1
+    device: str = "auto"
+    eval_every: int = 1
+    weights: Literal["model", "ema"] = "model"
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run depends on. Bit widths are in `schedule`, not in `quant`."""
+
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    quant: DuQConfig = field(default_factory=lambda: DuQConfig(weight_bits=None, act_bits=None))
+    calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
+    schedule: PhaseSchedule = field(default_factory=PhaseSchedule)
+    optim: OptimRecipe = field(default_factory=OptimRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    ema: EmaRecipe = field(default_factory=EmaRecipe)
+    aiwq: AiwqRecipe = field(default_factory=AiwqRecipe)
+    run: RunRecipe = field(default_factory=RunRecipe)

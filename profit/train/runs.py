@@ -1,0 +1,132 @@
+"""The run folder: who may write into it, and what a resumed run must agree with.
+
+    recipe.yaml         every value of the run, resolved
+    results.json        accuracy per phase, layers, AIWQ, sizes; written anew after every phase
+    report.html         the same for people
+    model.safetensors   the final weights, with all that is needed to build the network again
+    teacher.safetensors the full-precision network, where it is its own teacher
+    checkpoints/        the newest two (epoch-NNNN), the best (best) and the best average of weights (best_ema)
+    tensorboard/        curves
+    log.txt             one line per epoch
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from profit.errors import CheckpointError, ProfitError, RecipeError
+from profit.train.checkpoint import checkpoints, load_checkpoint, prune
+from profit.train.files import write_atomic
+from profit.train.recipe import Recipe
+from profit.train.recipe_io import dump_recipe, first_difference, load_recipe, recipe_dict
+
+RECIPE, RESULTS, MODEL, TEACHER, CHECKPOINTS = (
+    "recipe.yaml", "results.json", "model.safetensors", "teacher.safetensors", "checkpoints",
+)  # fmt: skip
+
+
+def open_run(folder: Path, recipe: Recipe, resume: bool) -> bool:
+    """Make a run folder, or check that an existing one may be carried on. Returns whether the run is finished already.
+
+    Raises:
+        ProfitError: the folder cannot be made or written, holds a run and `resume` is not set, or holds other files.
+        RecipeError: the stored recipe is another one (the first difference is named).
+    """
+    stored = folder / RECIPE
+    if folder.exists() and not folder.is_dir():
+        raise ProfitError(f"the output folder {folder} is a file")
+    if stored.is_file() and is_begun(folder):
+        finished = (folder / MODEL).is_file()
+        if not resume:
+            state = "a finished run" if finished else "an unfinished run"
+            raise ProfitError(f"{folder} already holds {state}: --resume carries it on, --out DIR starts another")
+        # where it trains is not what is trained
+        changed = first_difference(*(_without_place(recipe_dict(r)) for r in (load_recipe(stored), recipe)))
+        if changed:
+            raise RecipeError(f"{folder} was started with another recipe (stored != given): {changed}")
+        return finished
+    if folder.is_dir() and any(folder.iterdir()) and not stored.is_file():
+        raise ProfitError(f"the output folder {folder} is not empty and holds no run: choose another with --out")
+    try:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProfitError(f"cannot write the output folder {folder}: {error.strerror or error}") from None
+    if not os.access(folder, os.W_OK):
+        raise ProfitError(f"cannot write the output folder {folder}: permission denied")
+    write_atomic(stored, dump_recipe(recipe))
+    return False
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether there is something to carry on; a run that broke off before its first checkpoint has nothing to lose."""
+    return (folder / MODEL).is_file() or bool(checkpoints(folder / CHECKPOINTS))
+
+
+def newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest undamaged checkpoint of a run (None if it has none yet), and a warning for each damaged one.
+
+    Raises:
+        CheckpointError: there are checkpoints and all are damaged.
+    """
+    prune(folder / CHECKPOINTS, keep=2)
+    warnings: list[str] = []
+    found = checkpoints(folder / CHECKPOINTS)
+    for base in reversed(found):
+        try:
+            return load_checkpoint(base), warnings
+        except CheckpointError as error:
+            warnings.append(f"warning: {error}; going back to the checkpoint before it")
+    if found:
+        raise CheckpointError(f"every checkpoint of {folder} is damaged: {warnings[-1].removeprefix('warning: ')}")
+    return None, warnings
+
+
+def resolve_weights(folder: Path, which: str | None) -> Path:
+    """The weight file of a run: None for the final model, `best`, `best_ema`, `last`, an epoch, or a path.
+
+    Raises:
+        CheckpointError: the run has no such file.
+    """
+    if which is None:
+        if not (folder / MODEL).is_file():
+            raise CheckpointError(f"{folder} has no {MODEL}: the run is not finished; --checkpoint last takes its newest state")
+        return folder / MODEL
+    if which == "last":
+        found = checkpoints(folder / CHECKPOINTS)
+        if not found:
+            raise CheckpointError(f"{folder} has no checkpoint yet")
+        return found[-1].with_suffix(".safetensors")
+    named = folder / CHECKPOINTS / f"{which}.safetensors"
+    if named.is_file():
+        return named
+    if Path(which).exists():
+        return Path(which)
+    known = ", ".join(sorted(path.stem for path in (folder / CHECKPOINTS).glob("*.safetensors"))) or "none"
+    raise CheckpointError(f"there is no checkpoint {which}; this run has: {known}")
+
+
+def device_for(recipe: Recipe) -> torch.device:
+    """The device a recipe asks for; `auto` is the GPU where there is one.
+
+    Raises:
+        RecipeError: no such device here.
+    """
+    name = recipe.run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"run.device: {name!r} is no device; use cpu, cuda, cuda:1 or auto") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(f"run.device: {name} is not here ({torch.cuda.device_count()} CUDA devices)")
+    return device
+
+
+def _without_place(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in values["run"].items() if key not in ("device", "tensorboard")}
+    return {**values, "run": kept}

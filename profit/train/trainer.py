@@ -1,0 +1,328 @@
+"""The trainer: every phase of a recipe, one after the other, with checkpoints that carry everything.
+
+Read `Trainer.run`, then `_run_phase`, then `_enter_phase`: that is PROFIT's training procedure (PROFIT, section 4).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from profit.aiwq import AIWQMonitor
+from profit.calibrate import calibrate_
+from profit.data import create_data
+from profit.decay import aiwq_decay_for, ema_decay_for
+from profit.errors import CheckpointError, TrainingError
+from profit.freezing import ProgressiveFreezer, freeze_all, release_all
+from profit.optim import param_groups, quantizer_parameters
+from profit.quantize import set_bits
+from profit.schedule import Phase
+from profit.train import results as reporting
+from profit.train.checkpoint import prune, rng_state, save_checkpoint, seed_everything, set_rng_state
+from profit.train.ema import ModelEma
+from profit.train.files import write_atomic
+from profit.train.loop import Objective, evaluate, train_epoch
+from profit.train.network import (
+    architecture_for,
+    build_network,
+    load_weights,
+    network_state,
+    read_weights,
+    save_network,
+)
+from profit.train.progress import Progress
+from profit.train.recipe import Recipe
+from profit.train.runs import CHECKPOINTS, MODEL, RESULTS, TEACHER, device_for, newest_checkpoint, open_run
+from profit.train.teacher import load_teacher, own_teacher
+
+KEEP_CHECKPOINTS = 2
+
+
+def train(recipe: Recipe, out_dir: str | Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Train a recipe into a run folder (its files: `profit.train.runs`) and return what results.json holds.
+
+    Args:
+        recipe: see `load_recipe`.
+        out_dir: a folder that does not exist or is empty, or the folder of this very run with `resume`.
+        resume: carry on an unfinished run; on the CPU the final weights are bit-identical to those of a run that was
+            never interrupted. A finished run returns its results.
+        quiet: plain lines instead of progress bars.
+
+    Raises:
+        ProfitError: one of its subclasses, with one line that says what is wrong.
+    """
+    threads = torch.get_num_threads()
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
+    try:
+        return Trainer(recipe, Path(out_dir), resume, quiet).run()
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Trainer:
+    """One run. What changes while it trains, and is stored in a checkpoint, is set in `__init__` below the line."""
+
+    def __init__(self, recipe: Recipe, folder: Path, resume: bool, quiet: bool) -> None:
+        self.recipe, self.folder, self.resume, self.quiet = recipe, folder, resume, quiet
+        self.schedule = recipe.schedule
+        self.device = device_for(recipe)
+        seed_everything(recipe.run.seed)
+        self.data = create_data(recipe.data, seed=recipe.run.seed, device=self.device)
+        self.architecture = architecture_for(recipe, self.data)
+        self.model = build_network(recipe, self.architecture, self.device)
+        self.teacher = load_teacher(recipe.teacher.source, self.architecture, self.device)
+        # ---
+        self.phase_index = 0  # the phase to carry on with,
+        self.epoch = 0  # and the epochs of it that are done
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.ema: ModelEma | None = None
+        self.monitor: AIWQMonitor | None = None
+        self.aiwq: dict[str, Any] | None = None
+        self.frozen_stage: dict[str, int] = {}
+        self.history: list[dict[str, Any]] = []  # of the phase that is running
+        self.phases: list[dict[str, Any]] = []  # of the phases that are over
+        self.best: dict[str, float] = {}
+        self.accuracy_fp: float | None = None
+        self.wall_s = self.phase_wall_s = 0.0
+        self.images_per_s = 0.0
+        self.run_info = reporting.describe_run(recipe, self.device)
+
+    def run(self) -> dict[str, Any]:
+        """All phases that are left, then the final files."""
+        if open_run(self.folder, self.recipe, self.resume):
+            return reporting.read(self.folder / RESULTS)
+        state, warnings = newest_checkpoint(self.folder)
+        if state is not None:
+            self._restore(state)
+        with Progress(
+            self.folder, quiet=self.quiet, tensorboard=self.recipe.run.tensorboard, first_epoch=self._global_epoch()
+        ) as self.progress:
+            for warning in warnings:
+                self.progress.line(warning)
+            self._announce(resumed=state is not None)
+            if state is None and self.schedule.phases[0].act_bits is not None:
+                _, self.accuracy_fp = evaluate(self.model, self.data.test)
+            for index in range(self.phase_index, len(self.schedule)):
+                self._run_phase(self.schedule.phases[index], state if index == self.phase_index else None)
+            return self._finish()
+
+    def _run_phase(self, phase: Phase, state: dict[str, Any] | None) -> None:
+        """Train one phase, from the epoch where a checkpoint stands if there is a `state`."""
+        under_way = self.epoch > 0
+        if state is not None:
+            set_rng_state(state["rng"])
+        try:
+            self._enter_phase(phase, fresh=not under_way)
+        except ValueError as error:  # what this network does not offer: nothing to rank, nothing to train
+            raise TrainingError(f"phase {phase.name}: {error}") from error
+        if state is not None and under_way:
+            self._restore_phase(state)
+        label = f"[{self.phase_index + 1}/{len(self.schedule)}]"
+        steps = len(self.data.train)
+        self.progress.begin_phase(phase, label, phase.epochs * steps, self.epoch * steps)
+        objective = Objective(self.teacher, self.recipe.teacher.weight, self.recipe.optim.label_smoothing)
+        for _ in range(self.epoch, phase.epochs):
+            started = time.perf_counter()
+            self.data.train.set_epoch(self._global_epoch())
+            stats = train_epoch(
+                self.model,
+                self.data.train,
+                objective,
+                self.optimizer,
+                lr_at=lambda progress: phase.lr_at(self.epoch + progress),
+                ema=self.ema,
+                monitor=self.monitor,
+                clip_grad=self.recipe.optim.clip_grad,
+                on_step=self.progress.step,
+                where=f"phase {phase.name}, epoch {self.epoch + 1}",
+            )
+            self.epoch += 1
+            last = self.epoch == phase.epochs
+            every = self.recipe.run.eval_every
+            self._record_epoch(phase, stats.loss, test=last or bool(every and self.epoch % every == 0))
+            self.images_per_s += (stats.images_per_s - self.images_per_s) / self.epoch
+            self.progress.end_epoch(phase, label, self.history[-1], stats.images_per_s, self._global_epoch())
+            spent = time.perf_counter() - started
+            self.phase_wall_s, self.wall_s = self.phase_wall_s + spent, self.wall_s + spent
+            if last:
+                self._leave_phase(phase, label)
+            self._save_checkpoint()
+
+    def _enter_phase(self, phase: Phase, fresh: bool) -> None:
+        """Bit widths, what is frozen, a new optimizer, a new average of weights, and the AIWQ hooks."""
+        release_all(self.model)
+        self._keep_own_teacher(phase)
+        set_bits(self.model, weight_bits=phase.weight_bits, act_bits=phase.act_bits)
+        if phase.calibrate and fresh:
+            settings = self.recipe.calibration
+            calibrate_(
+                self.model, self.data.calibration, batches=settings.batches, percentile=settings.percentile, mode=settings.mode
+            )
+        self.frozen = self._freeze(phase)
+        groups = param_groups(self.model, phase.lr, phase.weight_decay, phase.interval_lr_mult)
+        optim = self.recipe.optim
+        self.optimizer = torch.optim.SGD(
+            groups, lr=phase.lr, momentum=optim.momentum, nesterov=optim.nesterov and optim.momentum > 0, foreach=True
+        )
+        steps = phase.epochs * len(self.data.train)
+        if self.recipe.ema.enabled:
+            decay = self.recipe.ema.decay
+            self.ema = ModelEma(self.model, ema_decay_for(max(steps, 1)) if decay is None else decay)
+        if phase.kind == "sample":
+            settings = self.recipe.aiwq
+            decay = aiwq_decay_for(max(steps // settings.every, 1)) if settings.decay is None else settings.decay
+            self.monitor = AIWQMonitor(self.model, mode=settings.mode, every=settings.every, decay=decay)
+
+    def _freeze(self, phase: Phase) -> list[str]:
+        """Stop training what this phase does not train; the names of the layers whose weights are frozen."""
+        if not phase.train_weights:
+            return freeze_all(self.model, intervals=not phase.train_intervals)
+        if not phase.train_intervals:
+            for parameter in quantizer_parameters(self.model):
+                parameter.requires_grad_(False)
+        if phase.stage is None:
+            return []
+        if self.aiwq is None:
+            raise TrainingError("a freezing stage needs AIWQ scores: set schedule.sample_epochs to at least 1")
+        scores, stages, what = self.aiwq["scores"], self.schedule.stages, self.schedule.freeze
+        frozen = ProgressiveFreezer(self.model, scores, stages=stages, freeze=what).apply(phase.stage)
+        for name in frozen:
+            self.frozen_stage.setdefault(name, phase.stage)
+        return frozen
+
+    def _keep_own_teacher(self, phase: Phase) -> None:
+        """When quantization begins, the network as it is becomes its own teacher (or the stored copy is read again)."""
+        if self.recipe.teacher.source != "self" or self.teacher is not None or phase.act_bits == phase.weight_bits is None:
+            return
+        path = self.folder / TEACHER
+        self.teacher = own_teacher(self.model)
+        if path.is_file():
+            load_weights(self.teacher, read_weights(path).state, path)
+        else:
+            save_network(path, self.teacher, self.architecture, {"phase": phase.name})
+
+    def _record_epoch(self, phase: Phase, train_loss: float, test: bool) -> None:
+        """Test the model and its average, keep the best of each, and add a row to the history."""
+        row: dict[str, Any] = {
+            "epoch": self.epoch, "lr": phase.lr_at(self.epoch - 1), "train_loss": train_loss,
+            "test_loss": None, "accuracy": None, "accuracy_ema": None,
+        }  # fmt: skip
+        if test:
+            row["test_loss"], row["accuracy"] = evaluate(self.model, self.data.test)
+            if not math.isfinite(row["test_loss"]):
+                step = len(self.data.train)
+                raise TrainingError(f"the weights became NaN in phase {phase.name}, epoch {self.epoch}, step {step}: "
+                                    "try a lower learning rate")  # fmt: skip
+            self._keep_best("best", self.model, row["accuracy"], phase)
+            if self.ema is not None:
+                _, row["accuracy_ema"] = evaluate(self.ema.module, self.data.test)
+                self._keep_best("best_ema", self.ema.module, row["accuracy_ema"], phase)
+        self.history.append(row)
+
+    def _keep_best(self, name: str, model: nn.Module, accuracy: float, phase: Phase) -> None:
+        key = f"{name} {phase.bits}"  # an accuracy at 8 bits must not stand in the way of the best at 4
+        if accuracy > self.best.get(key, -1.0):
+            self.best[key] = accuracy
+            note = {"accuracy": accuracy, "phase": phase.name, "epoch": self.epoch, "bits": phase.bits}
+            save_checkpoint(self.folder / CHECKPOINTS / name, {**network_state(model, self.architecture), "note": note})
+
+    def _leave_phase(self, phase: Phase, label: str) -> None:
+        """Read the AIWQ scores, write results.json, and move on to the next phase."""
+        if self.monitor is not None:
+            self.aiwq = reporting.aiwq_section(self.monitor)
+            self.monitor.remove()
+            self.monitor = None
+            self.progress.scores(self.aiwq["scores"], self._global_epoch())
+        if phase.name == "fp":
+            self.accuracy_fp = self.history[-1]["accuracy"]
+        row = reporting.phase_row(phase, self.frozen, self.history, self.phase_wall_s, self.images_per_s)
+        self.phases.append(row)
+        self.run_info["wall_s"] = round(self.wall_s, 2)
+        self._write_results()
+        self.progress.end_phase(label, row)
+        if self.recipe.run.weights == "ema" and self.phase_index == len(self.schedule) - 1 and self.ema is not None:
+            load_weights(self.model, self.ema.module.state_dict(), "the average of weights")
+        self.phase_index, self.epoch, self.history = self.phase_index + 1, 0, []
+        self.phase_wall_s = self.images_per_s = 0.0
+
+    def _write_results(self) -> dict[str, Any]:
+        content = reporting.assemble(
+            recipe=self.recipe, run=self.run_info, model=self.model, architecture=self.architecture, data=self.data,
+            phases=self.phases, aiwq=self.aiwq, frozen_stage=self.frozen_stage, accuracy_fp=self.accuracy_fp,
+        )  # fmt: skip
+        write_atomic(self.folder / RESULTS, reporting.to_json(content))
+        return content
+
+    def _finish(self) -> dict[str, Any]:
+        """The last files; model.safetensors comes last, because it marks a finished run."""
+        from profit.report import write_report
+
+        last = self.schedule.phases[-1]
+        set_bits(self.model, weight_bits=last.weight_bits, act_bits=last.act_bits)
+        self.run_info["finished"] = True
+        content = self._write_results()
+        write_report(self.folder)
+        save_network(self.folder / MODEL, self.model, self.architecture, content["final"])
+        return content
+
+    def _save_checkpoint(self) -> None:
+        """Everything the next epoch depends on, then drop what is older than the newest two."""
+        state = {
+            **network_state(self.model, self.architecture),
+            "position": {"schedule": {**self.schedule.state_dict(), "position": self.phase_index}, "epoch": self.epoch},
+            "history": self.history, "phases": self.phases, "best": self.best, "aiwq": self.aiwq,
+            "frozen_stage": self.frozen_stage, "accuracy_fp": self.accuracy_fp, "run": self.run_info,
+            "wall_s": self.wall_s, "phase_wall_s": self.phase_wall_s, "images_per_s": self.images_per_s,
+            "rng": rng_state(),
+        }  # fmt: skip
+        if self.epoch:  # between two phases there is nothing of the phase to keep
+            state["optimizer"] = self.optimizer.state_dict()
+            state["ema"] = self.ema.module.state_dict() if self.ema else None
+            state["monitor"] = self.monitor.state_dict() if self.monitor else None
+        folder = self.folder / CHECKPOINTS
+        save_checkpoint(folder / f"epoch-{self._global_epoch():05d}", state)
+        prune(folder, KEEP_CHECKPOINTS)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Model, position and everything measured so far."""
+        try:
+            replace(self.schedule).load_state_dict(state["position"]["schedule"])
+        except ValueError as error:
+            raise CheckpointError(f"{self.folder}: {error}") from None
+        self.phase_index = state["position"]["schedule"]["position"]
+        self.epoch = state["position"]["epoch"]
+        load_weights(self.model, state["model"], f"the checkpoint of {self.folder}")
+        for name in ("history", "phases", "best", "aiwq", "frozen_stage", "accuracy_fp", "wall_s", "phase_wall_s"):
+            setattr(self, name, state[name])
+        self.images_per_s = state["images_per_s"]
+        self.run_info = {**self.run_info, "created": state["run"]["created"], "command": state["run"]["command"]}
+
+    def _restore_phase(self, state: dict[str, Any]) -> None:
+        """What `_enter_phase` made anew and the phase has changed since; the generators last, as they were then."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            load_weights(self.ema.module, state["ema"], f"the checkpoint of {self.folder}")
+        if self.monitor is not None:
+            self.monitor.load_state_dict(state["monitor"])
+        set_rng_state(state["rng"])
+
+    def _global_epoch(self) -> int:
+        """Epochs of the whole run that are done."""
+        return sum(phase.epochs for phase in self.schedule.phases[: self.phase_index]) + self.epoch
+
+    def _announce(self, resumed: bool) -> None:
+        epochs = self.schedule.total_epochs
+        what = "carrying on" if resumed else "training"
+        self.progress.line(
+            f"{what} {self.architecture.name} ({reporting.describe_model(self.model, self.architecture)['parameters']} "
+            f"parameters) on {self.data.name}: {self.data.train_images} training and {self.data.test_images} test images, "
+            f"{len(self.schedule)} phases, {epochs} epochs, from epoch {self._global_epoch() + 1}, "
+            f"{self.run_info['device']}, {torch.get_num_threads()} threads"
+        )
