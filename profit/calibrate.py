@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -27,7 +28,7 @@ def calibrate_(
     batches: int = 8,
     percentile: float | Literal["max"] | None = None,
     mode: Literal["corrected", "original"] = "corrected",
-    empty_range: float | None = None,
+    empty_range: float | None = 1.0,
 ) -> dict[str, float]:
     """Set A = C of every input quantizer from up to `batches` batches, in place.
 
@@ -44,7 +45,8 @@ def calibrate_(
         mode: "corrected" looks at h = act(x) for unsigned inputs, |h| for signed, h - offset for offset inputs. "original"
             does as the authors' code: x as it enters, before activation, absolute value and shift, at the order statistic
             of rank floor(n * percentile / 100), and at most 6 for ReLU6.
-        empty_range: range of a layer that saw no positive value at all; None makes that an error.
+        empty_range: range of a layer that ran but saw no positive value (a dead ReLU of a small squeeze-and-excite, say).
+            Its input is zero in any range, and training moves the range once the layer comes to life. None: an error.
 
     Memory: up to 2^20 values per layer are kept. Where there are more, a uniform random part of them is (with a generator
     seeded here, so the result is the same every time); "max" is always exact.
@@ -52,9 +54,12 @@ def calibrate_(
     Returns:
         Layer name -> range, for every quantized input.
 
+    Warns:
+        UserWarning: layers that got `empty_range`, by name.
+
     Raises:
-        CalibrationError: an empty loader; NaN or infinity at the input of a layer; a layer that did not run, or saw no
-            positive value. No range is changed then.
+        CalibrationError: an empty loader; NaN or infinity at the input of a layer; a layer that did not run; no positive
+            value anywhere, or, without `empty_range`, in one layer. No range is changed then.
         ConversionError: nothing is converted. ValueError: an argument out of its range.
     """
     check_choice(mode, ("corrected", "original"), "mode")
@@ -79,7 +84,9 @@ def calibrate_(
             used += 1
     if used == 0:
         raise CalibrationError("calibration: the loader gave no batch; it needs at least one")
-    ranges = {name: _range(name, samples[name], percentile, mode, empty_range) for name in layers}
+    empty = _empty(samples, empty_range)
+    ranges = {name: _range(sample, percentile, mode) for name, sample in samples.items() if name not in empty}
+    ranges.update(dict.fromkeys(empty, empty_range))
     if mode == "original":
         relu6 = [name for name, layer in layers.items() if layer.input_quantizer.activation == "relu6"]
         ranges.update({name: min(ranges[name], 6.0) for name in relu6})
@@ -147,12 +154,14 @@ class _Sample:
 
     def __init__(self, keep_all: bool) -> None:
         self.chunks: list[Tensor] = []
+        self.ran = False
         self.largest = 0.0
         self.size, self.share = 0, 1.0
         self.keep = keep_all
         self.generator = torch.Generator().manual_seed(0)
 
     def add(self, values: Tensor) -> None:
+        self.ran = True
         if values.numel() == 0:
             return
         self.largest = max(self.largest, float(values.max()))
@@ -173,15 +182,30 @@ class _Sample:
         return values[torch.randint(values.numel(), (number,), generator=self.generator).to(values.device)]
 
 
-def _range(name: str, sample: _Sample, percentile: float | str, mode: str, empty_range: float | None) -> float:
-    if sample.largest == 0:
-        if empty_range is not None:
-            return empty_range
+def _empty(samples: Mapping[str, _Sample], empty_range: float | None) -> list[str]:
+    """Names of the layers without a positive value, after the refusals."""
+    missed = [name for name, sample in samples.items() if not sample.ran]
+    if missed:
         raise CalibrationError(
-            f"calibration: layer {name!r} did not run, or its input has no positive value to take a range from; "
-            "use more or other data, or give such layers a range with empty_range"
+            f"calibration: layer {missed[0]!r} did not run; give such layers no input bits (overrides)"
         )
-    if percentile == "max" or sample.size == 0:
+    empty = [name for name, sample in samples.items() if sample.largest == 0]
+    if empty and (empty_range is None or len(empty) == len(samples)):
+        raise CalibrationError(
+            f"calibration: the input of layer {empty[0]!r} has no positive value to take a range from; use more or other data"
+            + ("" if len(empty) == len(samples) else ", or give such layers a range with empty_range")
+        )
+    if empty:
+        warnings.warn(
+            f"calibration: {len(empty)} layers saw no positive value and get the range {empty_range}: {', '.join(empty)}",
+            UserWarning,
+            stacklevel=3,
+        )
+    return empty
+
+
+def _range(sample: _Sample, percentile: float | str, mode: str) -> float:
+    if percentile == "max":
         return sample.largest
     ordered = torch.cat(sample.chunks).double().sort().values
     if mode == "original":

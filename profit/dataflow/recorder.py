@@ -24,6 +24,7 @@ _METADATA = frozenset(
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size get_device "
     "storage_offset data_ptr type untyped_storage is_same_size is_tensor __len__ __hash__ __format__ __repr__".split()
 )
+_REDUCTIONS = ("mean", "amax", "max", "sum")
 _KEEPS_IDENTITY = bounds.SHAPE_OPS  # returned unchanged (`x.contiguous()`): still the same value, not a read of it
 
 
@@ -155,8 +156,7 @@ class Recorder(TorchFunctionMode):
         for tensor in changed:
             self._changed_in_place(tensor, result)
         outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
-        shrinks = outputs and before and outputs[0].numel() < before[0][0].numel()
-        result.pooled = bool(shrinks and ("pool" in name or name in ("mean", "amax", "max", "sum")))
+        result.pooled = ("pool" in name or name in _REDUCTIONS) and bool(outputs) and _one_per_channel(outputs[0])
         for index, tensor in enumerate(outputs):
             # Parts of a split are values of their own: a read of one is no read of the other.
             self.values[tensor] = result if index == 0 else _copy(result)
@@ -264,6 +264,11 @@ def _own_tensors(model: nn.Module) -> Iterable[Tensor]:
 def _constant(tensor: Tensor) -> Value:
     lo, hi = (float(tensor.min()), float(tensor.max())) if tensor.numel() else (0.0, 0.0)
     return Value(lo, hi, op="constant", constant=True)
+
+
+def _one_per_channel(tensor: Tensor) -> bool:
+    """One value per image and channel, as global pooling leaves it (also where the map was 1 x 1 before)."""
+    return sum(size > 1 for size in tensor.shape[1:]) <= 1
 
 
 def _copy(value: Value) -> Value:

@@ -100,9 +100,9 @@ def _error_axis(axis: Any, accuracies: Sequence[float]) -> None:
     axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
-def _log_axis(axis: Any, values: Sequence[float]) -> None:
-    """Log scale with ticks written as plain numbers; a value of zero has no place on one, so then linear."""
-    if values and min(values) > 0:
+def _log_axis(axis: Any, values: Sequence[float], span: float = 4.0) -> None:
+    """Log scale with ticks written as plain numbers, where values are positive and spread by a factor of `span`."""
+    if values and min(values) > 0 and max(values) >= span * min(values):
         (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
         _plain_ticks(axis, min(values), max(values))
 
@@ -132,14 +132,14 @@ def aiwq_bars(layers: Sequence[Mapping[str, Any]]) -> Chart | None:
     if not positive:
         return None
     low, high = min(positive), max(positive)
-    left = 10.0 ** math.floor(math.log10(low) - 0.15)
+    left = 10.0 ** math.floor(math.log10(low) - 0.3)
     with figure(WIDTH, 17 * len(scored) + 90) as fig:
         axes = fig.add_subplot()
         for row, layer in enumerate(scored):
             value = max(layer["aiwq"], left)
             axes.barh(row, value - left, left=left, height=0.72, color=COLOURS[stage_colour(layer)], linewidth=0)
             axes.text(value * 1.06, row, _bar_label(layer), va="center", fontsize=10)
-        _log_axis(axes.xaxis, positive)
+        _log_axis(axes.xaxis, [left, high], span=1)
         # room on the right for the labels
         axes.set_xlim(left, high * (high / left) ** 0.22 * 1.6)
         axes.set_yticks(range(len(scored)), [plain(layer["name"] or "?") for layer in scored], fontsize=10)
@@ -162,7 +162,7 @@ def stage_colour(layer: Mapping[str, Any]) -> str:
 
 
 def _bar_label(layer: Mapping[str, Any]) -> str:
-    parts = [f"{layer['aiwq']:.1e}"]
+    parts = [f"{layer['aiwq']:.1e}" if layer["aiwq"] else "0"]
     if finite(layer["rank"]):
         parts.append(f"#{int(layer['rank'])}")
     if finite(layer["frozen_stage"]):
@@ -222,7 +222,7 @@ def size_accuracy(sizes: Sequence[Mapping[str, Any]]) -> Chart | None:
         return None
     with figure(WIDTH, 330) as fig:
         axes = fig.add_subplot()
-        _log_axis(axes.xaxis, [size["bytes"] / 1000 for size in known])
+        _log_axis(axes.xaxis, [size["bytes"] / 1000 for size in known], span=1)
         for size in known:
             axes.axvline(size["bytes"] / 1000, color=COLOURS["muted"], linewidth=0.8, linestyle=(0, (2, 3)), zorder=1)
             label = plain(size["label"] or "?", 12)

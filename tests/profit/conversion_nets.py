@@ -94,10 +94,14 @@ class Mobile(nn.Module):
     }  # fmt: skip
 
 
-def trained(model: nn.Module, x: Tensor, steps: int = 2) -> nn.Module:
-    """BatchNorm statistics that are not those of a fresh model."""
-    model.train()
+def trained(model: nn.Module, x: Tensor) -> nn.Module:
+    """`model` with the BatchNorm statistics of `x`, in eval mode."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
     with torch.no_grad():
-        for _ in range(steps):
-            model(x)
+        model.train()(x)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     return model.eval()

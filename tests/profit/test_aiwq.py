@@ -38,10 +38,12 @@ def test_running_mean_equals_a_hand_written_loop(rng, every):
                 clamped += int((kl > 1).sum())
                 mean[name] = decay * mean[name] + (1 - decay) * np.minimum(kl, 1).mean()
         previous = {name: recorder.weight for name, recorder in recorders.items()}
+        for name in RANKED:  # on top of the optimizer's steps, so that codes certainly change
+            change(getattr(net, name), rng, 0.05)
     assert monitor.samples() == dict.fromkeys(RANKED, samples)
     assert (monitor.clamped, monitor.skipped, monitor.steps) == (clamped, 0, 10)
     for name, value in monitor.running_means().items():
-        assert value > 1e-6
+        assert value > 1e-4
         np.testing.assert_allclose(value, mean[name], **tolerances.KL_CONV)
         np.testing.assert_allclose(monitor.scores()[name], mean[name] / (1 - decay**samples), **tolerances.KL_CONV)
 

@@ -30,6 +30,8 @@ def conv(
 def _initialise(layer, generator, bits, act_bits):
     with torch.no_grad():
         layer.weight.normal_(0.0, 0.3, generator=generator)
+        if layer.bias is not None:
+            layer.bias.normal_(0.0, 0.1, generator=generator)
     layer.input_quantizer.set_range(2.0)
     layer.set_weight_bits(bits)
     layer.set_act_bits(act_bits)

@@ -1,0 +1,193 @@
+"""The command line: every mistake is one line and exit status 2; Ctrl-C is 130."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from torch import nn
+
+import profit.train.trainer as trainer
+from profit.cli import main
+
+from .train.tiny_run import VALUES
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def recipe(tmp_path) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(VALUES))
+    return str(path)
+
+
+SHORT = ["-s", "schedule.fp_epochs=1", "-s", "schedule.act_bits=[]", "-s", "schedule.weight_bits=[]",
+         "-s", "schedule.profit_bits=[]", "-s", "teacher.source=null"]  # fmt: skip
+
+
+def test_train_evaluate_report(recipe, tmp_path, capsys) -> None:
+    folder = str(tmp_path / "run")
+    assert main(["train", recipe, "--out", folder, "-q", *SHORT]) == 0
+    output = capsys.readouterr().out
+    accuracy = json.loads((tmp_path / "run" / "results.json").read_text())["final"]["accuracy"]
+    assert f"final accuracy {accuracy:.2f}%" in output and "report.html" in output
+    assert main(["evaluate", folder, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == accuracy
+    assert main(["evaluate", folder, "--checkpoint", "best", "-s", "data.fold=1"]) == 0
+    assert "best.safetensors (W32A32): accuracy" in capsys.readouterr().out
+    (tmp_path / "run" / "report.html").unlink()
+    assert main(["report", folder]) == 0
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert main(["train", recipe, "--out", folder, "-q", "--resume", *SHORT]) == 0
+    assert "is finished already" in capsys.readouterr().out
+    # a run folder stands for its recipe
+    assert main(["train", folder, "-q", "--resume"]) == 0
+
+
+def test_doctor(capsys) -> None:
+    assert main(["doctor"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
+def _error(capsys, arguments: list[str]) -> str:
+    """The message of a command that fails: one line on standard error, nothing on standard output but progress."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    assert "Traceback" not in captured.out
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["schedule.trian_epochs=3"], "unknown recipe key schedule.trian_epochs; did you mean schedule.train_epochs?"),
+        (["schedule.weight_bits=[9]"], "weight_bits must be within 2..8, got (9,)"),
+        (["schedule.act_bits=[1]"], "act_bits must be within 2..8, got (1,)"),
+        (["data.name=imagefolder", "data.path=/no/such/folder"], "data.path /no/such/folder is not a folder"),
+        (["model.classes=3"], "model.classes is 3 but the data set digits has 10 classes"),
+        (["model.init=/no/such/file.safetensors"], "there is no weight file /no/such/file.safetensors"),
+        (["model.name=resnet81"], "did you mean"),
+    ],
+)
+def test_mistakes_are_one_line(recipe, tmp_path, capsys, changes: list[str], message: str) -> None:
+    settings = [part for change in changes for part in ("-s", change)]
+    assert message in _error(capsys, ["train", recipe, "--out", str(tmp_path / "run"), "-q", *settings])
+    assert not (tmp_path / "run").exists(), "a run that cannot start leaves no folder"
+
+
+def test_an_unwritable_output_folder(recipe, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("")
+    message = _error(capsys, ["train", recipe, "--out", str(tmp_path / "file" / "run"), "-q", *SHORT])
+    assert "cannot write the output folder" in message
+    if os.geteuid():  # root may write everywhere
+        closed = tmp_path / "closed"
+        closed.mkdir(mode=0o500)
+        assert "Permission denied" in _error(capsys, ["train", recipe, "--out", str(closed / "run"), "-q", *SHORT])
+
+
+def test_an_unreadable_image(recipe, tmp_path, capsys) -> None:
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(4):
+                Image.new("L", (16, 16), 40 * index).save(tmp_path / "data" / split / name / f"{index}.png")
+    (tmp_path / "data" / "train" / "b" / "2.png").write_bytes(b"\x89PNG broken")
+    settings = [f"data.path={tmp_path / 'data'}", "data.name=imagefolder", "data.in_chans=1", "data.batch_size=2",
+                "data.workers=0", "data.limit=null"]  # fmt: skip
+    arguments = [part for change in settings for part in ("-s", change)]
+    message = _error(capsys, ["train", recipe, "--out", str(tmp_path / "run"), "-q", *SHORT, *arguments])
+    assert "cannot read the image" in message and "train/b/2.png" in message
+
+
+class _NoConvolution(nn.Module):
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def test_a_model_without_convolution(recipe, tmp_path, capsys) -> None:
+    def only_linear(pretrained: bool = False, num_classes: int = 10, in_chans: int = 1, **kwargs) -> nn.Module:
+        return _NoConvolution(num_classes, in_chans)
+
+    only_linear.__module__ = __name__
+    timm.models.register_model(only_linear)
+    message = _error(capsys, ["train", recipe, "--out", str(tmp_path / "run"), "-q", "-s", "model.name=only_linear",
+                              "-s", "model.args={}"])  # fmt: skip
+    assert "only_linear has no convolution" in message
+
+
+def test_a_loss_that_is_not_finite(recipe, tmp_path, capsys) -> None:
+    folder = tmp_path / "run"
+    message = _error(capsys, ["train", recipe, "--out", str(folder), "-q", "-s", "schedule.lr=1e30"])
+    assert "in phase a4.bn, epoch 1, step" in message
+    assert (folder / "checkpoints" / "epoch-00003.safetensors").is_file()
+
+
+def test_a_wrong_checkpoint(recipe, tmp_path, capsys) -> None:
+    folder = tmp_path / "run"
+    assert main(["train", recipe, "--out", str(folder), "-q", *SHORT]) == 0
+    capsys.readouterr()
+    (tmp_path / "broken.safetensors").write_bytes(b"not a file of weights")
+    arguments = ["evaluate", str(folder), "--checkpoint"]
+    assert "is not a readable .safetensors file" in _error(capsys, [*arguments, str(tmp_path / "broken.safetensors")])
+    assert "there is no checkpoint worst" in _error(capsys, [*arguments, "worst"])
+    assert "is not a run folder" in _error(capsys, ["evaluate", str(tmp_path)])
+    assert "results.json does not exist" in _error(capsys, ["report", str(tmp_path)])
+
+
+def test_interruption_before_and_after_the_first_epoch(recipe, tmp_path, capsys, monkeypatch) -> None:
+    original, calls = trainer.train_epoch, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) in (1, 3):
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "train_epoch", interrupted)
+    command = ["train", recipe, "--out", str(tmp_path / "run"), "-q"]
+    assert main(command) == 130
+    assert "interrupted: no epoch was finished yet" in capsys.readouterr().err
+    assert main(command) == 130
+    assert "the same command with --resume carries on from there" in capsys.readouterr().err
+    assert main([*command, "--resume", "-s", "run.device=auto"]) == 0
+
+
+def test_control_c_in_a_real_process(recipe, tmp_path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "profit", "train", recipe, "--out", str(folder), "-q", "-s", "schedule.fp_epochs=500"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    deadline = time.monotonic() + 60
+    while not list(folder.glob("checkpoints/epoch-*.json")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.strip().startswith("interrupted: ") and len(errors.strip().splitlines()) == 1
+    assert main(["evaluate", str(folder), "--checkpoint", "last"]) == 0
+
+
+def test_help_is_quick_and_names_every_command() -> None:
+    code = "import sys; from profit.cli import main; c = main(['--help']); sys.exit(c or int('torch' in sys.modules))"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert all(name in result.stdout for name in ("train", "evaluate", "report", "doctor"))
