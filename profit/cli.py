@@ -77,7 +77,7 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Test the network of a run."""
-    from profit.train.evaluate_run import evaluate_run
+    from profit.train.evaluation import evaluate_run
 
     result = evaluate_run(run, checkpoint=checkpoint, data=data, overrides=overrides or ())
     if as_json:

@@ -85,7 +85,6 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
 def missing(backend: str, device_type: str) -> str | None:
     """Why this machine cannot run `backend` on such a device; None if it can."""
     if backend == "cpp":
@@ -99,6 +98,10 @@ def missing(backend: str, device_type: str) -> str | None:
     if backend == "cuda":
         return "this version has no CUDA C++ kernels"
     return None
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler (a second, and Triton).
+missing._dynamo_marked_constant = True
 
 
 def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:

@@ -88,6 +88,8 @@ class TensorLoader:
             return
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         count = len(self) * self.batch_size
+        if not count:
+            return
         device = self.images.device
         order = torch.randperm(len(self.images), generator=generator)[:count].to(device)
         images = self.images[order]

@@ -17,7 +17,7 @@ _HOMES = {
     "train": "trainer",
     "load_network": "network",
     "evaluate": "loop",
-    "evaluate_run": "evaluate_run",
+    "evaluate_run": "evaluation",
     "load_checkpoint": "checkpoint",
     "save_checkpoint": "checkpoint",
 }

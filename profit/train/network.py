@@ -21,6 +21,7 @@ from profit.train.files import write_atomic
 from profit.train.recipe import Recipe
 
 FORMAT = "profit-model-1"
+METADATA_KEY = "profit"
 
 
 @dataclass(frozen=True)
@@ -117,12 +118,14 @@ def save_network(path: str | Path, model: nn.Module, architecture: Architecture,
     from safetensors.torch import save
 
     tensors = {key: value.detach().to("cpu").contiguous().clone() for key, value in model.state_dict().items()}
-    metadata = {
+    description = {
         "format": FORMAT,
-        "architecture": json.dumps(asdict(architecture)),
-        "quantization": json.dumps(quantization_state(model)),
-        "note": json.dumps(dict(note)),
+        "architecture": asdict(architecture),
+        "quantization": quantization_state(model),
+        "note": dict(note),
     }
+    # under one key, because safetensors writes several in random order and equal runs would give unequal files
+    metadata = {METADATA_KEY: json.dumps(description)}
     write_atomic(path, save(tensors, metadata))
 
 
@@ -153,9 +156,10 @@ def read_weights(path: str | Path) -> Weights:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable .safetensors file: {error}") from None
-    if metadata.get("format") != FORMAT:
+    description = json.loads(metadata.get(METADATA_KEY, "{}"))
+    if description.get("format") != FORMAT:
         return Weights(state, None, None)
-    return Weights(state, Architecture(**json.loads(metadata["architecture"])), json.loads(metadata["quantization"]))
+    return Weights(state, Architecture(**description["architecture"]), description["quantization"])
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Architecture]:

@@ -43,7 +43,7 @@ def test_width_scales_the_demo_net() -> None:
 
 
 def test_timm_models_by_name() -> None:
-    model = create_model("mobilenetv2_050", classes=7, in_chans=1)
+    model = create_model("mobilenetv2_050", classes=7, in_chans=1).eval()
     assert model(torch.randn(1, 1, 32, 32)).shape == (1, 7)
 
 
