@@ -43,8 +43,8 @@ def calibrate_(
         percentile: of the positive part, in (0, 100], linear between order statistics; or "max". None means 99.9
             (95 in mode "original").
         mode: "corrected" looks at h = act(x) for unsigned inputs, |h| for signed, h - offset for offset inputs. "original"
-            does as the authors' code: x as it enters, before activation, absolute value and shift, at the order statistic
-            of rank floor(n * percentile / 100), and at most 6 for ReLU6.
+            does as the authors' code (which ran in train mode): x as it enters, before activation, absolute value and
+            shift, at the order statistic of rank floor(n * percentile / 100), and at most 6 for ReLU6.
         empty_range: range of a layer that ran but saw no positive value (a dead ReLU of a small squeeze-and-excite, say).
             Its input is zero in any range, and training moves the range once the layer comes to life. None: an error.
 

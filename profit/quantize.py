@@ -174,8 +174,6 @@ def swap_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
     places = [(parent, key, swaps[child]) for parent, key, child in children if child in swaps]
     for parent, key, new in places:
         parent._modules[key] = new
-        if key in vars(parent):  # a plain attribute of the same name would hide the module
-            del vars(parent)[key]
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:

@@ -40,7 +40,7 @@ PROFIT_INLINE T activate_grad(T x) {
     // & and not &&: a branch would keep the loop scalar.
     return (x > T(0)) & (x < T(6)) ? T(1) : T(0);
   } else if constexpr (act == Activation::hardswish) {
-    const T slope = x < T(3) ? x / T(3) + T(0.5) : T(1);
+    const T slope = x < T(3) ? x / T(3) + T(0.5) : T(1);  // 1 for NaN, whose gradient is 0 already
     return x <= T(-3) ? T(0) : slope;
   } else {
     return T(1);
@@ -69,11 +69,13 @@ PROFIT_TARGET void backward(
   for (int64_t i = 0; i < n; ++i) {
     const T g = grad[i];
     const T u = (activate<T, act>(x[i]) - d) / A;
-    const T code = round_half_even(clamp(u, lo, T(1)) * s);
+    const T clipped = clamp(u, lo, T(1));
+    const T code = round_half_even(clipped * s);
     const bool inside = (u > lo) & (u < T(1));
-    const T gh = g * ratio;
-    gx[i] = inside ? gh * activate_grad<T, act>(x[i]) : T(0);
-    sum_a += static_cast<double>(inside ? gh * u : T(0));
+    const T gh = inside ? g * ratio : T(0);
+    gx[i] = gh * activate_grad<T, act>(x[i]);
+    // With the clipped u an infinity outside adds 0, and a NaN is seen in the sum.
+    sum_a += static_cast<double>(gh * clipped);
     sum_c += static_cast<double>(g * code);
   }
   sums.a += sum_a;

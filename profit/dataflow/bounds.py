@@ -62,7 +62,7 @@ def _is(x: object, number: float) -> bool:
 
 
 def _number(args: Operands, kwargs: dict[str, Any], at: int, name: str, default: float) -> float:
-    """A scalar argument given by position or by name; an infinity of `default`'s kind if it is not a number."""
+    """A scalar argument given by position or by name; `default` if it is missing or not a number."""
     x = kwargs.get(name, args[at] if len(args) > at else None)
     if x is None:
         return default
@@ -75,15 +75,15 @@ def _mul(a: float, b: float) -> float:
     return 0.0 if a == 0 or b == 0 else a * b
 
 
-def _hull(name: str, values: Sequence[Value]) -> Value:
+def _hull(values: Sequence[Value]) -> Value:
     return Value(min(v.lo for v in values), max(v.hi for v in values))
 
 
-# Activations: the range of f over all reals. Monotone ones are tightened by the rules below where it matters.
+# The range of each function over all reals; "*6" marks six times an activation, on the way to `x * relu6(x + 3) / 6`.
 _RANGES: dict[str, tuple[float, float]] = {
     "relu": (0, INF), "relu6": (0, 6), "hardswish": (HARDSWISH_MIN, INF), "hardsigmoid": (0, 1), "sigmoid": (0, 1),
     "silu": (SILU_MIN, INF), "mish": (MISH_MIN, INF), "tanh": (-1, 1), "softplus": (0, INF), "softmax": (0, 1),
-    "softmin": (0, 1), "softsign": (-1, 1), "logsigmoid": (-INF, 0), "log_softmax": (-INF, 0), "selu": (-1.7580993408, INF),
+    "softmin": (0, 1), "tanh_softplus": (0, 1), "softsign": (-1, 1), "logsigmoid": (-INF, 0), "log_softmax": (-INF, 0), "selu": (-1.7580993408, INF),
     "hardsigmoid*6": (0, 6), "hardswish*6": (6 * HARDSWISH_MIN, INF),
 }  # fmt: skip
 _NOT_NEGATIVE = ("exp", "abs", "absolute", "square", "sqrt", "rsqrt", "norm", "var", "std", "cosh")
@@ -104,7 +104,6 @@ def _activation_rule(name: str, args: Operands, kwargs: dict[str, Any]) -> Value
     return activation(name, x)
 
 
-_RANGES["tanh_softplus"] = (0, 1)
 _GATED = {"sigmoid": "silu", "hardsigmoid": "hardswish", "hardsigmoid*6": "hardswish*6", "tanh_softplus": "mish"}
 
 
@@ -214,17 +213,17 @@ def _interpolate(name: str, args: Operands, kwargs: dict[str, Any]) -> Value:
 
 def _join(name: str, args: Operands, kwargs: dict[str, Any]) -> Value:
     parts = args[0] if args else kwargs.get("tensors", ())
-    return _hull(name, [p for p in parts if isinstance(p, Value)]) if isinstance(parts, Sequence) and parts else Value()
+    return _hull([p for p in parts if isinstance(p, Value)]) if isinstance(parts, Sequence) and parts else Value()
 
 
 def _where(name: str, args: Operands, kwargs: dict[str, Any]) -> Value:
     values = [v for v in args[1:3] if isinstance(v, Value)]
-    return _hull(name, values) if len(values) == 2 else Value()
+    return _hull(values) if len(values) == 2 else Value()
 
 
 def _fill(name: str, args: Operands, kwargs: dict[str, Any]) -> Value:
     value = _number(args, kwargs, 2, "value", INF)
-    return _hull(name, [args[0], Value.of(value)]) if value < INF else Value()
+    return _hull([args[0], Value.of(value)]) if value < INF else Value()
 
 
 SHAPE_OPS = frozenset(
@@ -292,9 +291,9 @@ def infer(name: str, args: Operands, kwargs: dict[str, Any], parents: tuple[Valu
 
 
 def _fits(name: str, args: Operands) -> bool:
-    """Whether the operands a rule reads are Values (a rule for two operands may be called with a tensor and a tuple)."""
-    if RULES[name] in (_join,):
+    """Whether the operands a rule reads are Values (`x / (1, 2)` would not be)."""
+    rule = RULES[name]
+    if rule is _join or rule is _where:
         return True
-    if RULES[name] in (_add, _product, _reverse_div):
-        return len(args) > 1 and isinstance(args[0], Value) and isinstance(args[1], Value)
-    return RULES[name] is _where or isinstance(args[0], Value)
+    needed = 2 if rule in (_add, _product, _reverse_div) else 1
+    return len(args) >= needed and all(isinstance(arg, Value) for arg in args[:needed])

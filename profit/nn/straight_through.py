@@ -44,7 +44,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def clip_strict(x: Tensor, low: float, high: float) -> Tensor:
-    """Clip with gradient 1 strictly inside and 0 on the ends (torch.clamp gives 1 there); NaN stays NaN."""
+    """Clip with gradient 1 strictly inside and 0 at the ends, whatever torch.clamp does there; NaN stays NaN."""
     return torch.where((x > low) & (x < high), x, x.detach().clamp(low, high))
 
 

@@ -36,6 +36,17 @@ def test_accumulated_forwards_are_one_sample(rng):
     np.testing.assert_allclose(monitor.running_means()["dw"], (1 - decay) * np.mean(kls), **tolerances.KL_CONV)
 
 
+def test_an_iteration_without_forward_breaks_the_chain(rng):
+    net = tiny_net(rng)
+    monitor = AIWQMonitor(net)
+    for forward, samples in ((True, 0), (True, 1), (False, 1), (True, 1), (True, 2)):
+        if forward:
+            net(batch(rng)[0])
+        monitor.step()
+        # never a comparison with weights older than the iteration right before
+        assert monitor.samples()["dw"] == samples
+
+
 def test_evaluation_and_no_grad_leave_no_trace(rng):
     nets = [tiny_net(rng)]
     nets.append(copy.deepcopy(nets[0]))

@@ -106,7 +106,9 @@ def their_net():
     )  # fmt: skip
     stem = Named(m0=TheirConv(3, 8, 3, padding=1), m1=nn.BatchNorm2d(8), m2=nn.Hardswish())
     down = Named(minus0=Quantizer("hardswish, activated"), m0=TheirConv(8, 4, 1), m1=nn.BatchNorm2d(4))
-    classifier = Named(minus0=Quantizer("signed"), m0=TheirLinear(4, 6), m1=Quantizer("hardswish"), m2=TheirLinear(6, 5))
+    classifier = Named(
+        minus0=Quantizer("signed"), m0=TheirLinear(4, 6), m1=Quantizer("hardswish"), m2=TheirLinear(6, 5)
+    )
     return Named(features=Named(m0=stem, m1=down, m2=Residual(block)), pool=Mean(), classifier=classifier)
 
 
@@ -223,7 +225,13 @@ def mobilenetv2():
 
 def test_mobilenetv2_names(mobilenetv2):
     state, names = their_mobilenetv2_state(mobilenetv2)
-    assert {"features.2.conv.-0.a", "features.1.conv.0.2.c", "features.-18.a", "relu6.c", "features.17.conv.2.a"} <= set(state)
+    assert {
+        "features.2.conv.-0.a",
+        "features.1.conv.0.2.c",
+        "features.-18.a",
+        "relu6.c",
+        "features.17.conv.2.a",
+    } <= set(state)
     mapping = load_authors_checkpoint(mobilenetv2, state)
     for name, (conv, norm, quantizer) in names.items():
         layer = quant_layers(mobilenetv2)[name]
@@ -278,7 +286,8 @@ def test_what_does_not_correspond_is_refused_and_changes_nothing(mobilenetv2):
         with pytest.raises(CheckpointError, match=message) as caught:
             load_authors_checkpoint(mobilenetv2, damaged)
         assert "\n" not in str(caught.value)
-        assert all(torch.equal(v, mobilenetv2.state_dict()[k]) for k, v in before.items())
+        after = mobilenetv2.state_dict()
+        assert all(torch.equal(v, after[k]) for k, v in before.items())
 
 
 def test_warns_where_squeeze_and_excite_stands_elsewhere(rng):

@@ -31,7 +31,9 @@ def inputs_of(model, batches, mode):
     plain = copy.deepcopy(model).eval()
     for name, layer in quant_layers(plain).items():
         layer.set_act_bits(None)
-        layer.register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, []).append(args[0].double().numpy()))
+        layer.register_forward_pre_hook(
+            lambda m, args, name=name: seen.setdefault(name, []).append(args[0].double().numpy())
+        )
     with torch.no_grad():
         for batch in batches:
             plain(batch)

@@ -87,7 +87,7 @@ def duq_backward(
         gh = tl.where(inside, g * ratio, 0.0)
         gx = _activate_grad(gh, x, ACTIVATION)
         tl.store(gx_ptr + at, gx.to(gx_ptr.dtype.element_ty), mask=live)
-        sum_A += tl.where(inside, -gh * u, 0.0)
+        sum_A -= gh * _clip(u, lo, 1.0)  # clipped: 0 * inf outside would be NaN; a NaN stays one
         sum_C += g * _quantize(u, lo, s)
     channels = tl.num_programs(1)
     tl.store(partial_ptr + k * blocks + j, tl.sum(sum_A))

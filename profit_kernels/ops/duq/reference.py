@@ -41,15 +41,15 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def activate_grad(x: Tensor, activation: str) -> Tensor:
-    """act'(x); at a kink, the same one-sided value as torch's own activation."""
-    one, zero = torch.ones_like(x), torch.zeros_like(x)
+    """act'(x); at a kink, the same one-sided value as torch's own activation. 0 where x is NaN."""
     if activation == "none":
-        return one
+        return torch.ones_like(x)
     if activation == "relu":
-        return torch.where(x > 0, one, zero)
+        return (x > 0).to(x.dtype)
     if activation == "relu6":
-        return torch.where((x > 0) & (x < 6), one, zero)
-    return torch.where(x <= -3, zero, torch.where(x < 3, x / 3 + 0.5, one))
+        return ((x > 0) & (x < 6)).to(x.dtype)
+    slope = (x.clamp(-3, 3) / 3 + 0.5).nan_to_num(0.0)
+    return ((x > -3) & (x < 3)) * slope + (x >= 3)
 
 
 def _interval(raw: Tensor, x: Tensor) -> Tensor:
@@ -89,20 +89,20 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dL/dx, dL/da, dL/dc) of the raw a and c.
 
-    Where x is NaN, dL/dx and its share of dL/da are 0 and dL/dc is NaN, so that the fault is seen.
+    Where x is NaN, dL/dx is 0, and dL/da and dL/dc are NaN, so that the fault is seen.
     """
     A, C = _interval(a, x), _interval(c, x)
     g = grad.to(A.dtype)
-    x32 = x.to(A.dtype)
     u = _scaled(x, A, offset, activation)
+    lo = -1.0 if signed else 0.0
+    # A mask as a factor, as in the formulas; torch.where costs seven times as much on the CPU.
+    inside = (u > lo) & (u < 1.0)
     q = _round_clipped(u, bits, signed) / steps(bits, signed)
-    inside = (u > (-1.0 if signed else 0.0)) & (u < 1.0)
-    zero = torch.zeros((), dtype=A.dtype, device=x.device)
 
-    gh = torch.where(inside, g * (C / A), zero)
-    gA = torch.where(inside, -gh * u, zero)
+    gh = g * (C / A) * inside
+    gx = gh * activate_grad(x.to(A.dtype), activation)
+    gA = -gh * u.clamp(lo, 1.0)  # clipped, so that an infinity outside adds 0 and not 0 * inf
     gC = g * q
-    gx = torch.where(inside, gh * activate_grad(x32, activation), zero)
 
     def reduce(per_element: Tensor, raw: Tensor) -> Tensor:
         other_dims = list(range(1, x.dim())) if raw.numel() > 1 else list(range(x.dim()))
