@@ -73,6 +73,8 @@ class AIWQMonitor:
         self._layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantConv2d) and m.ranked}
         if not self._layers:
             raise ValueError("the model has no quantized convolution directly followed by BatchNorm: nothing to rank")
+        # Here and not as a decorator: torch.compiler.disable imports the whole compiler.
+        self._observe = torch.compiler.disable(self._observe)
         self._iteration = 0
         self._previous: dict[str, Tensor] = {}  # quantized weights of the iteration before
         self._captured: dict[str, Tensor] = {}  # of this iteration, taken at its first sampled forward
@@ -225,7 +227,6 @@ class _Probe:
     def __init__(self, monitor: AIWQMonitor, index: int, name: str) -> None:
         self.monitor, self.index, self.name = monitor, index, name
 
-    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if module.training and torch.is_grad_enabled():
             self.monitor._observe(self.index, self.name, args[0], output)
