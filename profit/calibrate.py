@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import check_choice
+from .dataflow import eval_mode
 from .errors import CalibrationError, ConversionError
 from .nn import InputQuantizer, QuantLayer
 from .nn.quantizer import apply_activation
@@ -109,25 +110,21 @@ def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
 @contextmanager
 def _observing(model: nn.Module, layers: Mapping[str, QuantLayer], samples: Mapping[str, _Sample], mode: str):
     """Eval mode, activations in full precision, and a hook in front of every layer; all undone afterwards."""
-    training = [m for m in model.modules() if m.training]
     bits = [(layer.input_quantizer, layer.input_quantizer.bits) for layer in layers.values()]
     handles = [
         layer.register_forward_pre_hook(_hook(name, samples[name], mode), with_kwargs=True)
         for name, layer in layers.items()
     ]
-    model.eval()
     try:
         for quantizer, _ in bits:
             quantizer.bits = None
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             yield
     finally:
         for quantizer, previous in bits:
             quantizer.bits = previous
         for handle in handles:
             handle.remove()
-        for module in training:
-            module.training = True
 
 
 def _hook(name: str, sample: _Sample, mode: str):
@@ -197,7 +194,7 @@ def _empty(samples: Mapping[str, _Sample], empty_range: float | None) -> list[st
         )
     if empty:
         warnings.warn(
-            f"calibration: {len(empty)} layers saw no positive value and get the range {empty_range}: {', '.join(empty)}",
+            f"calibration: no positive value at the input of {', '.join(empty)}; the range there is set to {empty_range}",
             UserWarning,
             stacklevel=3,
         )

@@ -75,6 +75,10 @@ def apply_quantization_state_(model: nn.Module, state: Mapping[str, Any]) -> Lay
         swaps[source] = layer
         if layer.fused_from:
             producer = _submodule(model, layer.fused_from)
+            if any(True for _ in producer.parameters()):
+                raise CheckpointError(
+                    f"quantization state of layer {name!r} is damaged: {layer.fused_from!r} is no activation"
+                )
             swaps[producer] = nn.Identity().train(producer.training)
     swap_modules(model, swaps)
     return layer_table(model)

@@ -83,8 +83,8 @@ def _hull(values: Sequence[Value]) -> Value:
 _RANGES: dict[str, tuple[float, float]] = {
     "relu": (0, INF), "relu6": (0, 6), "hardswish": (HARDSWISH_MIN, INF), "hardsigmoid": (0, 1), "sigmoid": (0, 1),
     "silu": (SILU_MIN, INF), "mish": (MISH_MIN, INF), "tanh": (-1, 1), "softplus": (0, INF), "softmax": (0, 1),
-    "softmin": (0, 1), "tanh_softplus": (0, 1), "softsign": (-1, 1), "logsigmoid": (-INF, 0), "log_softmax": (-INF, 0), "selu": (-1.7580993408, INF),
-    "hardsigmoid*6": (0, 6), "hardswish*6": (6 * HARDSWISH_MIN, INF),
+    "softmin": (0, 1), "tanh_softplus": (0, 1), "softsign": (-1, 1), "logsigmoid": (-INF, 0), "log_softmax": (-INF, 0),
+    "selu": (-1.7580993409, INF), "hardsigmoid*6": (0, 6), "hardswish*6": (6 * HARDSWISH_MIN, INF),
 }  # fmt: skip
 _NOT_NEGATIVE = ("exp", "abs", "absolute", "square", "sqrt", "rsqrt", "norm", "var", "std", "cosh")
 
@@ -283,7 +283,7 @@ def infer(name: str, args: Operands, kwargs: dict[str, Any], parents: tuple[Valu
     out.parents = parents
     known = [p for p in parents if not p.constant]
     if not known:
-        out.constant = bool(parents)
+        out.constant = True
     elif name not in MIXING_OPS and not out.activation:
         out.raw = all(p.raw for p in known)
         out.opaque = any(p.opaque for p in known) and out.lo == -INF

@@ -46,7 +46,7 @@ def trace(
         layers = {name: m for name, m in model.named_modules() if is_layer(m)}
     args, kwargs = _arguments(example_inputs)
     recorder = Recorder(model, layers, decided)
-    with _eval_mode(model), recorder.hooked(model), torch.no_grad():
+    with eval_mode(model), recorder.hooked(model), torch.no_grad():
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 recorder.values[tensor] = Value(op="input", raw=True)
@@ -77,7 +77,8 @@ def _arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module):
+def eval_mode(model: nn.Module):
+    """Eval mode for the time of a `with` block; every module's own flag is restored."""
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:

@@ -156,12 +156,14 @@ def test_empty_loader_and_bad_data(rng):
 def test_a_layer_that_sees_zeros_only(rng):
     model, x = converted(rng)
     nn.init.constant_(model.gate.reduce.bias, -100.0)  # a dead ReLU in front of gate.expand
-    with pytest.warns(UserWarning, match="1 layers saw no positive value and get the range 1.0: gate.expand"):
+    with pytest.warns(
+        UserWarning, match="no positive value at the input of gate.expand; the range there is set to 1.0"
+    ):
         ranges = calibrate_(model, [x])
     assert ranges["gate.expand"] == 1.0
     y = model(x)
     assert torch.isfinite(y).all()
-    with pytest.warns(UserWarning, match="range 0.5"):
+    with pytest.warns(UserWarning, match="set to 0.5"):
         assert calibrate_(model, [x], empty_range=0.5)["gate.expand"] == 0.5
     with pytest.raises(CalibrationError, match="'gate.expand' has no positive value.*empty_range"):
         calibrate_(model, [x], empty_range=None)

@@ -31,6 +31,13 @@ def recipe(tmp_path) -> str:
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def no_report(request, monkeypatch):
+    """Drawing the report takes longer than training; one test looks at it."""
+    if "report" not in request.node.name:
+        monkeypatch.setattr("profit.report.write_report", lambda folder: folder)
+
+
 SHORT = ["-s", "schedule.fp_epochs=1", "-s", "schedule.act_bits=[]", "-s", "schedule.weight_bits=[]",
          "-s", "schedule.profit_bits=[]", "-s", "teacher.source=null"]  # fmt: skip
 

@@ -55,6 +55,7 @@ def test_damaged_structure(rng):
         ({**state, "layers": {"dw": {**state["layers"]["dw"], "kind": "odd"}}}, "'dw' is damaged"),
         ({**state, "layers": {"dw": {**state["layers"]["dw"], "weight_bits": 11}}}, "'dw' is damaged"),
         ({**state, "layers": {"dw": {**state["layers"]["dw"], "fused_from": "gone"}}}, "no module 'gone'"),
+        ({**state, "layers": {"dw": {**state["layers"]["dw"], "fused_from": "bn0"}}}, "'bn0' is no activation"),
         (
             {**state, "layers": {"dw": {k: v for k, v in state["layers"]["dw"].items() if k != "kind"}}},
             "'dw' is damaged",
