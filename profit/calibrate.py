@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .batches import run_batch
 from .config import check_choice
 from .dataflow import eval_mode
 from .errors import CalibrationError, ConversionError
@@ -61,7 +62,7 @@ def calibrate_(
     Raises:
         CalibrationError: an empty loader; NaN or infinity at the input of a layer; a layer that did not run; no positive
             value anywhere, or, without `empty_range`, in one layer. No range is changed then.
-        ConversionError: nothing is converted. ValueError: an argument out of its range.
+        ConversionError: nothing is converted. ValueError: an argument out of its range. TypeError: a batch of another form.
     """
     check_choice(mode, ("corrected", "original"), "mode")
     percentile = _DEFAULT[mode] if percentile is None else percentile
@@ -81,7 +82,7 @@ def calibrate_(
     used = 0
     with _observing(model, layers, samples, mode):
         for batch in islice(iter(loader), batches):
-            _run(model, batch, device)
+            run_batch(model, batch, device)
             used += 1
     if used == 0:
         raise CalibrationError("calibration: the loader gave no batch; it needs at least one")
@@ -94,17 +95,6 @@ def calibrate_(
     for name, value in ranges.items():
         layers[name].input_quantizer.set_range(value)
     return ranges
-
-
-def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
-    if isinstance(batch, Mapping):
-        model(**{key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()})
-        return
-    images = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(images, Tensor):
-        raise CalibrationError(f"calibration: a batch is a {type(images).__name__}; the loader must give tensors, "
-                               "(tensor, ...) tuples or mappings of arguments")  # fmt: skip
-    model(images.to(device))
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import nn
 
 from .config import ACTIVATIONS, DuQConfig, check_bits
 from .dataflow import LayerFlow, is_layer, trace
-from .errors import ConversionError
+from .errors import CalibrationError, ConversionError
 from .nn import QuantConv2d, QuantLayer, QuantLinear
 from .nn.conv import is_same_padded
 from .nn.layer import check_own_parameters
@@ -213,7 +213,7 @@ def set_bits(
         for layer in layers:
             if weight_bits is not UNCHANGED:
                 layer.set_weight_bits(weight_bits)
-    except BaseException:
+    except CalibrationError:
         for layer, bits in before:
             layer.weight_quantizer.bits = bits
             layer.refresh_cache()

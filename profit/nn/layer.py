@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DuQConfig, LayerSettings, check_bits
-from ..errors import ConversionError
+from ..errors import CalibrationError, ConversionError
 from .baselines import BASELINES
 from .quantizer import InputQuantizer, WeightQuantizer
 
@@ -80,7 +80,7 @@ class QuantLayer(nn.Module):
         if bits is not None and not self.weight_quantizer.is_initialized:
             try:
                 self.weight_quantizer.initialize(self.weight)
-            except BaseException:
+            except CalibrationError:
                 self.weight_quantizer.bits = previous
                 raise
         self.refresh_cache()
@@ -130,7 +130,7 @@ class QuantLayer(nn.Module):
         self._cached_versions = self._versions()
 
     def _versions(self) -> tuple[int, ...]:
-        tensors = (self.weight, self.weight_quantizer.a, self.weight_quantizer.c)
+        tensors = (self.weight, *self.weight_quantizer.parameters())
         return tuple(-1 if t.is_inference() else t._version for t in tensors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLayer:

@@ -109,7 +109,7 @@ def test_forms_of_a_batch(rng):
     ranges = [calibrate_(model, loader) for loader in ([x], iter([(x, 1)]), [[x]], [{"x": x}], [x, x])]
     assert all(r == ranges[0] for r in ranges[:-1])
     assert set(ranges[-1]) == set(ranges[0])
-    with pytest.raises(CalibrationError, match="a batch is a int"):
+    with pytest.raises(TypeError, match="a batch is a int"):
         calibrate_(model, [3])
 
 

@@ -55,6 +55,8 @@ def test_train_evaluate_report(recipe, tmp_path, capsys) -> None:
     (tmp_path / "run" / "report.html").unlink()
     assert main(["report", folder]) == 0
     assert (tmp_path / "run" / "report.html").is_file()
+    capsys.readouterr()
+    assert "results.json does not exist" in _error(capsys, ["report", str(tmp_path)])
     assert main(["train", recipe, "--out", folder, "-q", "--resume", *SHORT]) == 0
     assert "is finished already" in capsys.readouterr().out
     # a run folder stands for its recipe
@@ -156,7 +158,6 @@ def test_a_wrong_checkpoint(recipe, tmp_path, capsys) -> None:
     assert "is not a readable .safetensors file" in _error(capsys, [*arguments, str(tmp_path / "broken.safetensors")])
     assert "there is no checkpoint worst" in _error(capsys, [*arguments, "worst"])
     assert "is not a run folder" in _error(capsys, ["evaluate", str(tmp_path)])
-    assert "results.json does not exist" in _error(capsys, ["report", str(tmp_path)])
 
 
 def test_interruption_before_and_after_the_first_epoch(recipe, tmp_path, capsys, monkeypatch) -> None:
