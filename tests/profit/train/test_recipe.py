@@ -15,7 +15,8 @@ RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 
 
 def test_a_recipe_survives_yaml() -> None:
-    recipe = parse_recipe({"schedule": {"weight_bits": [6, 3], "profit_bits": [3]}, "quant": {"overrides": {"a": {"skip": True}}}})
+    schedule, quant = {"weight_bits": [6, 3], "profit_bits": [3]}, {"overrides": {"a": {"skip": True}}}
+    recipe = parse_recipe({"schedule": schedule, "quant": quant})
     assert parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
     assert recipe.schedule.weight_bits == (6, 3)
     assert recipe_dict(recipe)["quant"]["overrides"] == {"a": {"skip": True}}
@@ -73,7 +74,12 @@ def test_mistakes_are_named(override: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("a: [", "is not valid YAML"), ("- 1", "a recipe is a mapping"), (None, "there is no recipe"), (b"\xff\xfe", "cannot read|YAML")],
+    [
+        ("a: [", "is not valid YAML"),
+        ("- 1", "a recipe is a mapping"),
+        (None, "there is no recipe"),
+        (b"\xff\xfe", "cannot read|YAML"),
+    ],
 )
 def test_unusable_files(tmp_path, content, message: str) -> None:
     path = tmp_path / "r.yaml"
