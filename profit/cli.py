@@ -38,6 +38,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/<run.name> by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Carry on the run in the folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead of progress bars.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the phases of the recipe, and train nothing.")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Train a recipe through all its phases and write a report.
@@ -47,6 +48,9 @@ def train(
     from profit.train.recipe_io import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    if dry_run:
+        print(loaded.schedule.table())
+        return
     stored = (recipe / "recipe.yaml").is_file()
     folder = out or (recipe if stored and resume else Path("runs") / loaded.run.name)
 

@@ -32,7 +32,7 @@ GRID = {
 KL_CONV = {"rtol": 1e-4, "atol": 1e-7}
 # Places in a report's SVG, in pixels: matplotlib writes six decimals, and snaps bars to half a pixel when it draws them.
 SVG_PIXELS = 0.01
-# softplus of its inverse in float32: the raw value has the spacing of float32 around log(value), which the steep part passes on.
+# softplus of its inverse in float32: the raw value has the spacing of float32 around log(value), which softplus passes on.
 SOFTPLUS = {"rtol": 2e-6, "atol": 0}
 # Relative L2 error of one layer at 8 bits against itself in full precision, ranges by maximum. The step is max/127 or max/255,
 # the error step/sqrt(12), and a layer's input peaks at 4 to 15 times its RMS: at most 3%, measured below 2%.

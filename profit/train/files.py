@@ -25,9 +25,8 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)  # what is left of a write that failed
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,6 +41,13 @@ def no_report(request, monkeypatch):
 
 SHORT = ["-s", "schedule.fp_epochs=1", "-s", "schedule.act_bits=[]", "-s", "schedule.weight_bits=[]",
          "-s", "schedule.profit_bits=[]", "-s", "teacher.source=null"]  # fmt: skip
+
+
+def test_dry_run_prints_the_phases_and_writes_nothing(recipe, tmp_path, capsys) -> None:
+    folder = tmp_path / "run"
+    assert main(["train", recipe, "--out", str(folder), "--dry-run", *SHORT]) == 0
+    assert re.search(r"^fp +train +W32A32 +1 ", capsys.readouterr().out, re.MULTILINE)
+    assert not folder.exists()
 
 
 def test_train_evaluate_report(recipe, tmp_path, capsys) -> None:
