@@ -141,7 +141,7 @@ def _folders(path: str | None, train_split: str, test_split: str, in_chans: int)
 
 def _strict(root: Path, class_map: dict[str, int] | None, in_chans: int) -> Any:
     """timm's ImageDataset, but an unreadable image stops the run: timm puts the next image in its place."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
     from timm.data import ImageDataset
 
     class StrictImageDataset(ImageDataset):
@@ -151,8 +151,9 @@ def _strict(root: Path, class_map: dict[str, int] | None, in_chans: int) -> Any:
                 with file:
                     image = Image.open(file).convert(self.input_img_mode)
             except OSError as error:
-                raise DataError(f"cannot read the image {self.filename(index, absolute=True)}: {error}".replace(
-                    "\n", " ")) from error
+                reason = "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
+                where = self.filename(index, absolute=True)
+                raise DataError(f"cannot read the image {where}: {reason}".replace("\n", " ")) from error
             return (image if self.transform is None else self.transform(image)), target
 
     try:

@@ -85,6 +85,12 @@ def build_network(recipe: Recipe, architecture: Architecture, device: torch.devi
         if weights.architecture != architecture:
             raise CheckpointError(f"model.init: {recipe.model.init} holds {_difference(weights.architecture, architecture)}")
         load_weights(model, weights.state, recipe.model.init)
+    ranks = any(phase.kind == "sample" for phase in recipe.schedule.phases)
+    if ranks and not any(getattr(module, "ranked", False) for module in model.modules()):
+        raise ConversionError(
+            f"model.name: {architecture.name} has no convolution directly followed by BatchNorm, so there is nothing for "
+            "PROFIT to rank: set schedule.profit=false"
+        )
     return model
 
 
