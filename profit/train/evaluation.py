@@ -7,15 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from profit.data import create_data
 from profit.errors import CheckpointError, DataError
 from profit.quantize import quant_layers
 from profit.train.loop import evaluate
 from profit.train.network import load_network
 from profit.train.recipe_io import load_recipe
-from profit.train.runs import RECIPE, device_for, resolve_weights
+from profit.train.runs import RECIPE, device_for, resolve_weights, threads
 
 
 def evaluate_run(
@@ -52,9 +50,8 @@ def evaluate_run(
             f"{bundle.name} has {bundle.classes} classes and {bundle.in_chans} channels, the network of {folder} "
             f"{architecture.classes} and {architecture.in_chans}"
         )
-    if recipe.run.threads is not None:
-        torch.set_num_threads(recipe.run.threads)
-    loss, accuracy = evaluate(model, bundle.test)
+    with threads(recipe.run.threads):
+        loss, accuracy = evaluate(model, bundle.test)
     layer = list(quant_layers(model).values())[1]  # the first one sees the image, which is never quantized
     return {
         "weights": str(weights),

@@ -30,13 +30,21 @@ class EpochStats:
 
 
 class Objective:
-    """CE(label, student) + weight * CE(softmax(teacher), student), at temperature 1 (PROFIT, section 5)."""
+    """CE(label, student) + weight * CE(softmax(teacher), student) + penalty(), at temperature 1 (PROFIT, section 5)."""
 
-    def __init__(self, teacher: nn.Module | None, weight: float, label_smoothing: float) -> None:
-        self.teacher, self.weight, self.label_smoothing = teacher, weight, label_smoothing
+    def __init__(
+        self,
+        teacher: nn.Module | None,
+        weight: float,
+        label_smoothing: float,
+        penalty: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self.teacher, self.weight, self.label_smoothing, self.penalty = teacher, weight, label_smoothing, penalty
 
     def __call__(self, images: Tensor, labels: Tensor, logits: Tensor) -> Tensor:
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        if self.penalty is not None:
+            loss = loss + self.penalty()
         if self.teacher is None or self.weight == 0:
             return loss
         with torch.no_grad():

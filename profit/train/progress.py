@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from profit.errors import ProfitError
 from profit.schedule import Phase
+
+
+@contextmanager
+def caught_warnings() -> Iterator[list[str]]:
+    """Warnings as lines for people, complete when the block is left."""
+    lines: list[str] = []
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", UserWarning)
+        yield lines
+    lines += dict.fromkeys(f"warning: {' '.join(str(warning.message).split())}" for warning in found)
 
 
 class Progress:
@@ -26,7 +40,10 @@ class Progress:
         self, folder: Path, *, quiet: bool, tensorboard: bool, first_epoch: int = 0, stream: TextIO | None = None
     ) -> None:
         self.quiet, self.stream = quiet, stream or sys.stdout
-        self._log = open(folder / "log.txt", "a", encoding="utf-8")
+        try:
+            self._log = open(folder / "log.txt", "a", encoding="utf-8")
+        except OSError as error:
+            raise ProfitError(f"cannot write the output folder {folder}: {error.strerror or error}") from None
         self._bar: Any = None
         self._curves: Any = None
         if tensorboard:
@@ -44,8 +61,8 @@ class Progress:
         self._log.flush()
 
     def begin_phase(self, phase: Phase, label: str, steps: int, done: int) -> None:
-        """Open the bar of a phase of `steps` optimizer steps, `done` of them done before."""
-        if self.quiet:
+        """Open the bar of a phase of `steps` optimizer steps, `done` of them done before; on a terminal only."""
+        if self.quiet or not self.stream.isatty():
             return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

@@ -19,7 +19,7 @@ from torch import nn
 from profit.aiwq import AIWQMonitor
 from profit.data import DataBundle
 from profit.report.collect import collect_layers, model_sizes, weight_histograms
-from profit.schedule import Phase
+from profit.schedule import Phase, PhaseSchedule
 from profit.train.network import Architecture
 from profit.train.recipe import Recipe
 from profit.train.recipe_io import recipe_dict
@@ -99,6 +99,16 @@ def assemble(
             "accuracy_fp": accuracy_fp,
         },
     }
+
+
+def headline(sections: Mapping[str, Any], schedule: PhaseSchedule, done: int) -> str:
+    """The first line of a run: what trains on what, for how long; `done` epochs lie behind it."""
+    run, model, data = (sections[key] for key in ("run", "model", "data"))
+    return (
+        f"{'carrying on' if done else 'training'} {model['name']} ({model['parameters']} parameters) on {data['name']}: "
+        f"{data['train']} training and {data['test']} test images, {len(schedule)} phases, {schedule.total_epochs} epochs, "
+        f"from epoch {done + 1}, {run['device']}, {run['threads']} threads"
+    )
 
 
 def phase_row(

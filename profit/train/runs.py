@@ -12,7 +12,8 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,12 @@ def open_run(folder: Path, recipe: Recipe, resume: bool) -> bool:
         if changed:
             raise RecipeError(f"{folder} was started with another recipe (stored != given): {changed}")
         return finished
-    if folder.is_dir() and any(folder.iterdir()) and not stored.is_file():
-        raise ProfitError(f"the output folder {folder} is not empty and holds no run: choose another with --out")
     try:
+        if not stored.is_file() and folder.is_dir() and any(folder.iterdir()):
+            raise ProfitError(f"the output folder {folder} is not empty and holds no run: choose another with --out")
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProfitError(f"cannot write the output folder {folder}: {error.strerror or error}") from None
-    if not os.access(folder, os.W_OK):
-        raise ProfitError(f"cannot write the output folder {folder}: permission denied")
     write_atomic(stored, dump_recipe(recipe))
     return False
 
@@ -125,6 +124,18 @@ def device_for(recipe: Recipe) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f"run.device: {name} is not here ({torch.cuda.device_count()} CUDA devices)")
     return device
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Use `count` torch threads (None: as many as now) and put the number back afterwards."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _without_place(values: dict[str, Any]) -> dict[str, Any]:

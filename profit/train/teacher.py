@@ -11,7 +11,7 @@ from torch import nn
 from profit.errors import RecipeError
 from profit.models import create_model
 from profit.quantize import set_bits
-from profit.train.network import Architecture, load_network
+from profit.train.network import Architecture, load_network, load_weights, read_weights, save_network
 
 
 def load_teacher(source: str | None, architecture: Architecture, device: torch.device) -> nn.Module | None:
@@ -39,10 +39,14 @@ def load_teacher(source: str | None, architecture: Architecture, device: torch.d
     return _settled(teacher.to(device))
 
 
-def own_teacher(model: nn.Module) -> nn.Module:
-    """A full-precision copy of the student as it is now."""
+def own_teacher(model: nn.Module, architecture: Architecture, path: Path) -> nn.Module:
+    """A full-precision copy of the student as it is now, stored in `path`; what is stored there already goes first."""
     teacher = copy.deepcopy(model)
     set_bits(teacher, weight_bits=None, act_bits=None)
+    if path.is_file():
+        load_weights(teacher, read_weights(path).state, path)
+    else:
+        save_network(path, teacher, architecture, {})
     return _settled(teacher)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from profit.aiwq import AIWQMonitor
 from profit.calibrate import calibrate_
@@ -20,6 +20,7 @@ from profit.data import create_data
 from profit.decay import aiwq_decay_for, ema_decay_for
 from profit.errors import CheckpointError, TrainingError
 from profit.freezing import ProgressiveFreezer, freeze_all, release_all
+from profit.nn.baselines import pact_penalty
 from profit.optim import param_groups, quantizer_parameters
 from profit.quantize import set_bits
 from profit.schedule import Phase
@@ -28,17 +29,10 @@ from profit.train.checkpoint import prune, rng_state, save_checkpoint, seed_ever
 from profit.train.ema import ModelEma
 from profit.train.files import write_atomic
 from profit.train.loop import Objective, evaluate, train_epoch
-from profit.train.network import (
-    architecture_for,
-    build_network,
-    load_weights,
-    network_state,
-    read_weights,
-    save_network,
-)
-from profit.train.progress import Progress
+from profit.train.network import architecture_for, build_network, load_weights, network_state, save_network
+from profit.train.progress import Progress, caught_warnings
 from profit.train.recipe import Recipe
-from profit.train.runs import CHECKPOINTS, MODEL, RESULTS, TEACHER, device_for, newest_checkpoint, open_run
+from profit.train.runs import CHECKPOINTS, MODEL, RESULTS, TEACHER, device_for, newest_checkpoint, open_run, threads
 from profit.train.teacher import load_teacher, own_teacher
 
 KEEP_CHECKPOINTS = 2
@@ -57,13 +51,8 @@ def train(recipe: Recipe, out_dir: str | Path, resume: bool = False, quiet: bool
     Raises:
         ProfitError: one of its subclasses, with one line that says what is wrong.
     """
-    threads = torch.get_num_threads()
-    if recipe.run.threads is not None:
-        torch.set_num_threads(recipe.run.threads)
-    try:
+    with threads(recipe.run.threads):
         return Trainer(recipe, Path(out_dir), resume, quiet).run()
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Trainer:
@@ -76,7 +65,8 @@ class Trainer:
         seed_everything(recipe.run.seed)
         self.data = create_data(recipe.data, seed=recipe.run.seed, device=self.device)
         self.architecture = architecture_for(recipe, self.data)
-        self.model = build_network(recipe, self.architecture, self.device)
+        with caught_warnings() as self.warnings:
+            self.model = build_network(recipe, self.architecture, self.device)
         self.teacher = load_teacher(recipe.teacher.source, self.architecture, self.device)
         # ---
         self.phase_index = 0  # the phase to carry on with,
@@ -98,19 +88,24 @@ class Trainer:
         """All phases that are left, then the final files."""
         if open_run(self.folder, self.recipe, self.resume):
             return reporting.read(self.folder / RESULTS)
-        state, warnings = newest_checkpoint(self.folder)
+        state, damaged = newest_checkpoint(self.folder)
         if state is not None:
             self._restore(state)
         with Progress(
             self.folder, quiet=self.quiet, tensorboard=self.recipe.run.tensorboard, first_epoch=self._global_epoch()
         ) as self.progress:
-            for warning in warnings:
-                self.progress.line(warning)
-            self._announce(resumed=state is not None)
-            if state is None and self.schedule.phases[0].act_bits is not None:
+            sections = {
+                "run": self.run_info,
+                "model": reporting.describe_model(self.model, self.architecture),
+                "data": reporting.describe_data(self.recipe, self.data),
+            }
+            for line in (reporting.headline(sections, self.schedule, self._global_epoch()), *self.warnings, *damaged):
+                self.progress.line(line)
+            if state is None and self.schedule.phases[0].name != "fp":
                 _, self.accuracy_fp = evaluate(self.model, self.data.test)
-            for index in range(self.phase_index, len(self.schedule)):
-                self._run_phase(self.schedule.phases[index], state if index == self.phase_index else None)
+            for phase in self.schedule.phases[self.phase_index :]:
+                self._run_phase(phase, state)
+                state = None
             return self._finish()
 
     def _run_phase(self, phase: Phase, state: dict[str, Any] | None) -> None:
@@ -119,15 +114,24 @@ class Trainer:
         if state is not None:
             set_rng_state(state["rng"])
         try:
-            self._enter_phase(phase, fresh=not under_way)
+            with caught_warnings() as found:
+                self._enter_phase(phase, fresh=not under_way)
         except ValueError as error:  # what this network does not offer: nothing to rank, nothing to train
             raise TrainingError(f"phase {phase.name}: {error}") from error
+        for line in found:
+            self.progress.line(line)
         if state is not None and under_way:
             self._restore_phase(state)
         label = f"[{self.phase_index + 1}/{len(self.schedule)}]"
         steps = len(self.data.train)
         self.progress.begin_phase(phase, label, phase.epochs * steps, self.epoch * steps)
-        objective = Objective(self.teacher, self.recipe.teacher.weight, self.recipe.optim.label_smoothing)
+        penalty = None
+        if self.recipe.quant.quantizer == "pact" and phase.train_intervals and phase.act_bits is not None:
+
+            def penalty() -> Tensor:
+                return phase.weight_decay * pact_penalty(self.model)
+
+        objective = Objective(self.teacher, self.recipe.teacher.weight, self.recipe.optim.label_smoothing, penalty)
         for _ in range(self.epoch, phase.epochs):
             started = time.perf_counter()
             self.data.train.set_epoch(self._global_epoch())
@@ -201,12 +205,7 @@ class Trainer:
         """When quantization begins, the network as it is becomes its own teacher (or the stored copy is read again)."""
         if self.recipe.teacher.source != "self" or self.teacher is not None or phase.act_bits == phase.weight_bits is None:
             return
-        path = self.folder / TEACHER
-        self.teacher = own_teacher(self.model)
-        if path.is_file():
-            load_weights(self.teacher, read_weights(path).state, path)
-        else:
-            save_network(path, self.teacher, self.architecture, {"phase": phase.name})
+        self.teacher = own_teacher(self.model, self.architecture, self.folder / TEACHER)
 
     def _record_epoch(self, phase: Phase, train_loss: float, test: bool) -> None:
         """Test the model and its average, keep the best of each, and add a row to the history."""
@@ -316,13 +315,3 @@ class Trainer:
     def _global_epoch(self) -> int:
         """Epochs of the whole run that are done."""
         return sum(phase.epochs for phase in self.schedule.phases[: self.phase_index]) + self.epoch
-
-    def _announce(self, resumed: bool) -> None:
-        epochs = self.schedule.total_epochs
-        what = "carrying on" if resumed else "training"
-        self.progress.line(
-            f"{what} {self.architecture.name} ({reporting.describe_model(self.model, self.architecture)['parameters']} "
-            f"parameters) on {self.data.name}: {self.data.train_images} training and {self.data.test_images} test images, "
-            f"{len(self.schedule)} phases, {epochs} epochs, from epoch {self._global_epoch() + 1}, "
-            f"{self.run_info['device']}, {torch.get_num_threads()} threads"
-        )

@@ -47,6 +47,8 @@ def test_loss_is_the_sum_of_label_and_teacher_cross_entropy(rng) -> None:
     for weight in (0.0, 1.0, 0.5):
         loss = Objective(Teacher(), weight, 0.0)(torch.zeros(6), labels, logits)
         torch.testing.assert_close(loss.item(), hard + weight * soft, **tolerances.LOSS)
+    extra = Objective(None, 1.0, 0.0, penalty=lambda: torch.tensor(0.25))(torch.zeros(6), labels, logits)
+    torch.testing.assert_close(extra.item(), hard + 0.25, **tolerances.LOSS)
     smooth = 0.9 * hard - 0.1 * logs.mean()
     torch.testing.assert_close(Objective(None, 1.0, 0.1)(torch.zeros(6), labels, logits).item(), smooth, **tolerances.LOSS)
 
