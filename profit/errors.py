@@ -31,3 +31,17 @@ class DataError(ProfitError):
 
 class TrainingError(ProfitError):
     """Training cannot go on (a loss that is not finite, ...)."""
+
+
+# What `profit` imports beyond its base dependencies: the extra `train`.
+_TRAIN_PACKAGES = frozenset(
+    "typer rich yaml timm torchvision sklearn scipy matplotlib jinja2 tensorboard safetensors PIL".split()
+)
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+    """What to install where a package of the extra `train` is missing; None if it is another module."""
+    package = (error.name or "").partition(".")[0]
+    if package not in _TRAIN_PACKAGES:
+        return None
+    return f"the package {package} is not installed: pip install 'profit-kernels[train]' brings all that training needs"

@@ -134,3 +134,24 @@ def test_one_version_everywhere():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == profit_kernels.__version__
     assert project["name"] == "profit-kernels"
+
+
+@pytest.mark.parametrize("package", ["typer", "yaml"])
+def test_without_the_training_packages_there_is_one_line_and_doctor_still_answers(package, tmp_path):
+    """A base installation has neither: a module that cannot be imported stands in for one that is not there."""
+    hide = f"import sys; sys.modules[{package!r}] = None; from profit.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-c", hide, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+
+    refused = run("train", str(ROOT / "recipes" / "smoke.yaml"))
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"error: the package {package} is not installed: "
+        "pip install 'profit-kernels[train]' brings all that training needs\n"
+    )
+    answered = run("doctor")
+    assert answered.returncode == 0 and "Backends" in answered.stdout
