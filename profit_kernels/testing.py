@@ -47,7 +47,7 @@ def _ulp(v: Tensor) -> Tensor:
 
 def _scaled(x: Tensor, a: Tensor, offset: float, activation: str) -> Tensor:
     x, a = x.detach().cpu(), a.detach().cpu()
-    return reference._scaled(x, reference._interval(a, x), offset, activation)
+    return reference.scaled(x, reference.interval(a, x), offset, activation)
 
 
 def rounding_band(
@@ -105,7 +105,7 @@ def assert_close_banded(
     assert actual.dtype == expected.dtype, f"dtypes differ: {actual.dtype} and {expected.dtype}"
     actual, expected = actual.detach().cpu(), expected.detach().cpu()
     band = rounding_band(x, a, bits=bits, signed=signed, offset=offset, activation=activation, ulps=ulps)
-    C = reference._interval(c.detach().cpu(), x.detach().cpu())
+    C = reference.interval(c.detach().cpu(), x.detach().cpu())
 
     wide = C.dtype
     got, want = actual.to(wide), expected.to(wide)

@@ -18,6 +18,7 @@ from torch import nn
 
 from profit.aiwq import AIWQMonitor
 from profit.data import DataBundle
+from profit.optim import quantizer_parameters
 from profit.report.collect import collect_layers, model_sizes, weight_histograms
 from profit.schedule import Phase, PhaseSchedule
 from profit.train.network import Architecture
@@ -45,8 +46,7 @@ def describe_run(recipe: Recipe, device: torch.device) -> dict[str, Any]:
 
 def describe_model(model: nn.Module, architecture: Architecture) -> dict[str, Any]:
     """The section `model`. Quantizer parameters are not counted: they are not stored with a deployed network."""
-    quantizers = [m for name, m in model.named_modules() if name.endswith(("input_quantizer", "weight_quantizer"))]
-    extra = {id(parameter) for module in quantizers for parameter in module.parameters()}
+    extra = {id(parameter) for parameter in quantizer_parameters(model)}
     return {
         "name": architecture.name,
         "parameters": sum(p.numel() for p in model.parameters() if id(p) not in extra),

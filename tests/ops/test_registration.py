@@ -12,6 +12,13 @@ OPS = torch.ops.profit_kernels
 BACKENDS = ["reference", "cpp", "triton"]
 
 
+def needs(backend: str) -> None:
+    """Skip the test, with the reason, where `backend` has no DuQ for float32 on the CPU."""
+    reason = dispatch.why_not("duq", backend, "cpu", torch.float32)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
 def samples(requires_grad: bool = True) -> dict[str, tuple]:
     x = torch.randn(2, 4, 7, 6, requires_grad=requires_grad)
     w = torch.randn(4, 1, 3, 3, requires_grad=requires_grad)
@@ -55,9 +62,7 @@ def test_opcheck_reference(name):
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("name", ["duq", "duq_backward"])
 def test_opcheck_kernels(name, backend):
-    reason = dispatch.why_not("duq", backend, "cpu", torch.float32)
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
+    needs(backend)
     with pk.use_backend(backend, ops=["duq"]):
         torch.library.opcheck(getattr(OPS, name).default, samples(requires_grad=name == "duq")[name])
 
@@ -77,9 +82,7 @@ def _net(x, w, a, c):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_without_a_graph_break(backend, dtype):
-    reason = dispatch.why_not("duq", backend, "cpu", torch.float32)
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
+    needs(backend)
     arguments = [torch.randn(2, 4, 8, 8).to(dtype), torch.randn(4, 1, 3, 3).to(dtype), torch.rand(1), torch.rand(1)]
     results = []
     torch.compiler.reset()
@@ -95,9 +98,7 @@ def test_compile_without_a_graph_break(backend, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compile_with_inductor(backend):
-    reason = dispatch.why_not("duq", backend, "cpu", torch.float32)
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
+    needs(backend)
     torch.compiler.reset()
     x, a, c = torch.randn(2, 4, 8, 8), torch.rand(1), torch.rand(1)
     with pk.use_backend(backend, ops=["duq"]):
@@ -114,9 +115,7 @@ def test_compile_with_inductor(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_double_backward_is_refused(backend):
-    reason = dispatch.why_not("duq", backend, "cpu", torch.float32)
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
+    needs(backend)
     x, a, c = torch.rand(5, requires_grad=True), torch.ones(1), torch.ones(1)
     with pk.use_backend(backend, ops=["duq"]):
         (g,) = torch.autograd.grad(pk.duq_fake_quantize(x, a, c, bits=4).square().sum(), x, create_graph=True)

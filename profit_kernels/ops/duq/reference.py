@@ -52,13 +52,14 @@ def activate_grad(x: Tensor, activation: str) -> Tensor:
     return ((x > -3) & (x < 3)) * slope + (x >= 3)
 
 
-def _interval(raw: Tensor, x: Tensor) -> Tensor:
+def interval(raw: Tensor, x: Tensor) -> Tensor:
     """softplus(raw) in the compute dtype, shaped to broadcast over dimension 0 of x where there is one value per channel."""
     value = F.softplus(raw.to(compute_dtype(x)))
     return value.view(-1, *[1] * (x.dim() - 1)) if raw.numel() > 1 else value.view([1] * x.dim())
 
 
-def _scaled(x: Tensor, A: Tensor, offset: float, activation: str) -> Tensor:
+def scaled(x: Tensor, A: Tensor, offset: float, activation: str) -> Tensor:
+    """(h - d) / A in the compute dtype, before clipping."""
     h = activate(x.to(compute_dtype(x)), activation)
     return (h - offset) / A
 
@@ -69,8 +70,8 @@ def _round_clipped(u: Tensor, bits: int, signed: bool) -> Tensor:
 
 def forward(x: Tensor, a: Tensor, c: Tensor, bits: int, signed: bool, offset: float, activation: str) -> Tensor:
     """y, with the dtype and memory format of x."""
-    A, C = _interval(a, x), _interval(c, x)
-    q = _round_clipped(_scaled(x, A, offset, activation), bits, signed) / steps(bits, signed)
+    A, C = interval(a, x), interval(c, x)
+    q = _round_clipped(scaled(x, A, offset, activation), bits, signed) / steps(bits, signed)
     y = C * q + offset
     # Not y.to(x.dtype) in any case: where that does nothing, torch.compile of torch 2.11 returns zero gradients.
     return y if y.dtype == x.dtype else y.to(x.dtype)
@@ -78,7 +79,7 @@ def forward(x: Tensor, a: Tensor, c: Tensor, bits: int, signed: bool, offset: fl
 
 def codes(x: Tensor, a: Tensor, bits: int, signed: bool, offset: float, activation: str) -> Tensor:
     """round(u * s) as int8 (signed) or uint8. A NaN has no code: raises ValueError."""
-    code = _round_clipped(_scaled(x, _interval(a, x), offset, activation), bits, signed)
+    code = _round_clipped(scaled(x, interval(a, x), offset, activation), bits, signed)
     if torch.isnan(code).any():
         raise ValueError("duq_codes: the input (or its interval) holds NaN, which has no integer code")
     return code.to(torch.int8 if signed else torch.uint8)
@@ -91,9 +92,9 @@ def backward(
 
     Where x is NaN, dL/dx is 0, and dL/da and dL/dc are NaN, so that the fault is seen.
     """
-    A, C = _interval(a, x), _interval(c, x)
+    A, C = interval(a, x), interval(c, x)
     g = grad.to(A.dtype)
-    u = _scaled(x, A, offset, activation)
+    u = scaled(x, A, offset, activation)
     lo = -1.0 if signed else 0.0
     # A mask as a factor, as in the formulas; torch.where costs seven times as much on the CPU.
     inside = (u > lo) & (u < 1.0)
