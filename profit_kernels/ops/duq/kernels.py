@@ -12,42 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# 1.5 * 2^23: adding and subtracting it rounds a float32 below 2^22 to an integer, half to even.
-_MAGIC = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def _clip(v, lo, hi):
-    v = tl.maximum(v, lo, propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(v, hi, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif ACTIVATION == "relu6":
-        x = _clip(x, 0.0, 6.0)
-    elif ACTIVATION == "hardswish":
-        x = tl.div_rn(tl.maximum(x, -3.0, propagate_nan=tl.PropagateNan.ALL) * _clip(x + 3.0, 0.0, 6.0), 6.0)
-    return x
-
-
-@triton.jit
-def _activate_grad(g, x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        g = tl.where(x > 0.0, g, 0.0)
-    elif ACTIVATION == "relu6":
-        g = tl.where((x > 0.0) & (x < 6.0), g, 0.0)
-    elif ACTIVATION == "hardswish":
-        g = tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, g * (tl.div_rn(x, 3.0) + 0.5), g))
-    return g
-
-
-@triton.jit
-def _quantize(u, lo, s):
-    code = _clip(u, lo, 1.0) * s
-    return tl.div_rn((code + _MAGIC) - _MAGIC, s)
+from .device import activate, activate_grad, clip, quantize
 
 
 @triton.jit
@@ -60,8 +25,8 @@ def duq_forward(
     channel = at // inner if PER_CHANNEL else 0
     A = tl.load(A_ptr + channel, mask=live, other=1.0) if PER_CHANNEL else tl.load(A_ptr)
     C = tl.load(C_ptr + channel, mask=live, other=1.0) if PER_CHANNEL else tl.load(C_ptr)
-    h = _activate(tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32), ACTIVATION)
-    y = C * _quantize(tl.div_rn(h - offset, A), lo, s) + offset
+    h = activate(tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32), ACTIVATION)
+    y = C * quantize(tl.div_rn(h - offset, A), lo, s) + offset
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=live)
 
 
@@ -82,13 +47,13 @@ def duq_backward(
         at = k * inner + row
         g = tl.load(g_ptr + at, mask=live, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-        u = tl.div_rn(_activate(x, ACTIVATION) - offset, A)
+        u = tl.div_rn(activate(x, ACTIVATION) - offset, A)
         inside = (u > lo) & (u < 1.0)
         gh = tl.where(inside, g * ratio, 0.0)
-        gx = _activate_grad(gh, x, ACTIVATION)
+        gx = activate_grad(gh, x, ACTIVATION)
         tl.store(gx_ptr + at, gx.to(gx_ptr.dtype.element_ty), mask=live)
-        sum_A -= gh * _clip(u, lo, 1.0)  # clipped: 0 * inf outside would be NaN; a NaN stays one
-        sum_C += g * _quantize(u, lo, s)
+        sum_A -= gh * clip(u, lo, 1.0)  # clipped: 0 * inf outside would be NaN; a NaN stays one
+        sum_C += g * quantize(u, lo, s)
     channels = tl.num_programs(1)
     tl.store(partial_ptr + k * blocks + j, tl.sum(sum_A))
     tl.store(partial_ptr + (channels + k) * blocks + j, tl.sum(sum_C))
