@@ -137,7 +137,9 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     return {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", answer)}
 
 
-_AMD_ACCESS = re.compile(r"\b(?:global|buffer)_(?:load|store)_(d?word|short|ubyte|sbyte|byte|ushort|sshort)(?:_d16)?(?:_hi)?(x\d)?\b")
+_AMD_ACCESS = re.compile(
+    r"\b(?:global|buffer)_(?:load|store)_(d?word|short|ubyte|sbyte|byte|ushort|sshort)(?:_d16)?(?:_hi)?(x\d)?\b"
+)
 _AMD_BYTES = {"dword": 4, "word": 4, "short": 2, "ushort": 2, "sshort": 2, "ubyte": 1, "sbyte": 1, "byte": 1}
 
 

@@ -19,6 +19,14 @@ torch.library.define(
     f"(Tensor grad, Tensor x, Tensor a, Tensor c, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.define("profit_kernels::duq_codes", f"(Tensor x, Tensor a, {_SETTINGS}) -> Tensor")
+torch.library.define(
+    "profit_kernels::duq_weights", "(Tensor[] weights, Tensor[] a, Tensor[] c, int[] bits) -> Tensor[]"
+)
+# The gradients of all weights, then those of all a, then those of all c.
+torch.library.define(
+    "profit_kernels::duq_weights_backward",
+    "(Tensor[] grads, Tensor[] weights, Tensor[] a, Tensor[] c, int[] bits) -> Tensor[]",
+)
 
 
 @torch.library.impl("profit_kernels::duq", "default")
@@ -51,6 +59,18 @@ def _duq_codes(x, a, bits, signed, offset, activation):
     return reference.codes(x, a, bits, signed, offset, activation)
 
 
+@torch.library.impl("profit_kernels::duq_weights", "default")
+def _duq_weights(weights, a, c, bits):
+    dispatch.choose("duq_weights", weights[0])
+    return reference.weights_forward(weights, a, c, bits)
+
+
+@torch.library.impl("profit_kernels::duq_weights_backward", "default")
+def _duq_weights_backward(grads, weights, a, c, bits):
+    dispatch.choose("duq_weights", weights[0])
+    return reference.weights_backward(grads, weights, a, c, bits)
+
+
 @torch.library.register_fake("profit_kernels::duq")
 def _(x, a, c, bits, signed, offset, activation):
     return torch.empty_like(x)
@@ -64,6 +84,16 @@ def _(grad, x, a, c, bits, signed, offset, activation):
 @torch.library.register_fake("profit_kernels::duq_codes")
 def _(x, a, bits, signed, offset, activation):
     return torch.empty_like(x, dtype=torch.int8 if signed else torch.uint8)
+
+
+@torch.library.register_fake("profit_kernels::duq_weights")
+def _(weights, a, c, bits):
+    return [torch.empty_like(w) for w in weights]
+
+
+@torch.library.register_fake("profit_kernels::duq_weights_backward")
+def _(grads, weights, a, c, bits):
+    return [torch.empty_like(t) for t in (*weights, *a, *c)]
 
 
 def _setup_context(ctx, inputs, output):
@@ -88,8 +118,27 @@ def no_double_backward(name: str):
     return refuse
 
 
-torch.library.register_autograd("profit_kernels::duq", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("profit_kernels::duq_backward", no_double_backward("duq_fake_quantize"))
+def _setup_weights(ctx, inputs, output):
+    weights, a, c, bits = inputs
+    ctx.save_for_backward(*weights, *a, *c)
+    ctx.bits = bits
+
+
+def _autograd_weights(ctx, grads):
+    n = len(ctx.bits)
+    saved = ctx.saved_tensors
+    weights, a, c = saved[:n], saved[n : 2 * n], saved[2 * n :]
+    found = torch.ops.profit_kernels.duq_weights_backward(grads, weights, a, c, ctx.bits)
+    return found[:n], found[n : 2 * n], found[2 * n :], None
+
+
+def _register_autograd(name: str, public: str, formula, setup) -> None:
+    torch.library.register_autograd(f"profit_kernels::{name}", formula, setup_context=setup)
+    torch.library.register_autograd(f"profit_kernels::{name}_backward", no_double_backward(public))
+
+
+_register_autograd("duq", "duq_fake_quantize", _autograd, _setup_context)
+_register_autograd("duq_weights", "duq_fake_quantize_weights", _autograd_weights, _setup_weights)
 
 
 def duq_fake_quantize(
@@ -135,18 +184,37 @@ def duq_codes(
 def duq_fake_quantize_weights(
     weights: Sequence[Tensor], a: Sequence[Tensor], c: Sequence[Tensor], *, bits: int | Sequence[int]
 ) -> list[Tensor]:
-    """Signed DuQ of all weights of a net: weights[i] with a[i], c[i] (one value, or one per output channel).
+    """Signed DuQ of all weights of a net at once: one kernel launch for all of them where the backend has one.
 
-    `bits` is one width, or one per weight. Returns the quantized weights, differentiable. Raises as duq_fake_quantize, and
-    ValueError where the lists differ in length.
+    Args:
+        weights: float tensors of any shapes, with the output channels in dimension 0; of any number of dtypes and devices.
+        a, c: raw interval and scale of each weight, one value, or one per output channel.
+        bits: one width from 2 to 8, or one per weight.
+
+    Returns: the quantized weights, each like its weight (shape, dtype, memory format); differentiable in all tensors.
+    Raises: as duq_fake_quantize, and ValueError where the lists differ in length.
     """
+    op = "duq_fake_quantize_weights"
     widths = [bits] * len(weights) if isinstance(bits, int) else list(bits)
     if not len(weights) == len(a) == len(c) == len(widths):
         raise ValueError(
-            "duq_fake_quantize_weights: weights, a, c and bits must have one length, "
-            f"got {len(weights)}, {len(a)}, {len(c)} and {len(widths)}"
+            f"{op}: weights, a, c and bits must have one length, got {len(weights)}, {len(a)}, {len(c)} and {len(widths)}"
         )
-    return [
-        duq_fake_quantize(w, a_i, c_i, bits=k, signed=True)
-        for w, a_i, c_i, k in zip(weights, a, c, widths, strict=True)
-    ]
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, w in enumerate(weights):
+        check_quantizer(f"{op}: weight {i}", w, a[i], c[i], widths[i], True, 0.0, "none")
+        groups.setdefault((w.device, w.dtype), []).append(i)
+    result: list[Tensor] = list(weights)
+    for members in groups.values():
+        for i, q in zip(members, _quantize_group(*([s[i] for i in members] for s in (weights, a, c, widths))), strict=True):
+            result[i] = q
+    return result
+
+
+def _quantize_group(weights: list[Tensor], a: list[Tensor], c: list[Tensor], bits: list[int]) -> list[Tensor]:
+    """Weights of one device and dtype."""
+    if dispatch.choose("duq_weights", weights[0]) == "reference":
+        # No kernel for lists here: one by one, each on the backend that serves it best.
+        rows = zip(weights, a, c, bits, strict=True)
+        return [duq_fake_quantize(w, a_i, c_i, bits=k, signed=True) for w, a_i, c_i, k in rows]
+    return torch.ops.profit_kernels.duq_weights(weights, a, c, bits)

@@ -113,6 +113,19 @@ def backward(
     return gx.to(x.dtype), reduce(gA, a), reduce(gC, c)
 
 
+def weights_forward(weights: list[Tensor], a: list[Tensor], c: list[Tensor], bits: list[int]) -> list[Tensor]:
+    """`forward` of each weight: signed, without offset or activation."""
+    return [forward(w, *raw, k, True, 0.0, "none") for w, *raw, k in zip(weights, a, c, bits, strict=True)]
+
+
+def weights_backward(
+    grads: list[Tensor], weights: list[Tensor], a: list[Tensor], c: list[Tensor], bits: list[int]
+) -> list[Tensor]:
+    """`backward` of each weight: first all dL/dw, then all dL/da, then all dL/dc."""
+    rows = [backward(g, w, *raw, k, True, 0.0, "none") for g, w, *raw, k in zip(grads, weights, a, c, bits, strict=True)]
+    return [gradient for kind in zip(*rows, strict=True) for gradient in kind]
+
+
 class DuQ(torch.autograd.Function):
     """Autograd over the two formulas; keeps x alone. torch.compile sees through it."""
 
