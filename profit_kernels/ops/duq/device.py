@@ -37,11 +37,18 @@ def activate_grad(g, x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu6":
         g = tl.where((x > 0.0) & (x < 6.0), g, 0.0)
     elif ACTIVATION == "hardswish":
-        g = tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, g * (tl.div_rn(x, 3.0) + 0.5), g))
+        g = tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, g * (x * (1 / 3) + 0.5), g))
     return g
 
 
 @triton.jit
-def quantize(u, lo, s):
+def round_code(u, lo, s):
+    """The integer code of u, as float32."""
     code = clip(u, lo, 1.0) * s
-    return tl.div_rn((code + _MAGIC) - _MAGIC, s)
+    return (code + _MAGIC) - _MAGIC
+
+
+@triton.jit
+def quantize(u, lo, s):
+    """q of the formulas: the code divided by s."""
+    return tl.div_rn(round_code(u, lo, s), s)

@@ -10,34 +10,58 @@ import triton
 from torch import Tensor
 
 from . import kernels
-from .reference import steps
+from .reference import refuse_nan, steps
 
-_BLOCK = 1024
-_TILES = 8  # blocks of the backward that one program adds up before it writes its partial sums
+WARPS = 4
+TILES = 8  # blocks of the backward that one program adds up before it writes its partial sums
 
 
-def _dense(x: Tensor) -> Tensor:
+def threads(warp_size: int) -> int:
+    """Threads of one program."""
+    return WARPS * warp_size
+
+
+def block_size(warp_size: int) -> int:
+    """Elements of one block: 8 a thread, which is one 128-bit access of a half or two of a float32."""
+    return 8 * threads(warp_size)
+
+
+def codes_block_size(warp_size: int) -> int:
+    """Elements of one block of codes: 16 a thread, whose 8-bit codes are one 128-bit access."""
+    return 16 * threads(warp_size)
+
+
+def warp_size() -> int:
+    """Of the GPUs this torch is built for (64 is right for AMD's data-centre GPUs; elsewhere it costs speed only)."""
+    return 64 if torch.version.hip else 32
+
+
+def dense(x: Tensor) -> Tensor:
     """x itself where its memory has no gaps, otherwise a copy: the kernels walk memory, not indices."""
     return x if torch.ops.aten.is_non_overlapping_and_dense(x) else x.contiguous()
 
 
-def _channels_outermost(x: Tensor, per_channel: bool) -> Tensor:
+def channels_outermost(x: Tensor, per_channel: bool) -> Tensor:
     """Per channel, dimension 0 must be the slowest in memory, so that each channel is one run."""
     if per_channel and x.stride(0) * x.shape[0] != x.numel():
         return x.contiguous()
     return x
 
 
-def _device(x: Tensor) -> contextlib.AbstractContextManager:
+def like(x: Tensor, layout: Tensor) -> Tensor:
+    """x, copied where needed so that its elements lie in memory as those of `layout` (dense) do."""
+    return x if x.stride() == layout.stride() else torch.empty_like(layout, dtype=x.dtype).copy_(x)
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """The device guard around a launch."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
-def _prepare(x: Tensor, a: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
-    per_channel = max(a.numel(), c.numel()) > 1
-    x = _channels_outermost(_dense(x), per_channel)
-    channels = x.shape[0] if per_channel else 1
-    A, C = (F.softplus(raw.float()).expand(channels).contiguous() for raw in (a, c))
-    return x, A, C, per_channel
+def _intervals(x: Tensor, *raws: Tensor) -> tuple[int, list[Tensor]]:
+    """Number of (A, C) pairs, and the softplus of each raw parameter, one value a pair."""
+    channels = x.shape[0] if max(raw.numel() for raw in raws) > 1 else 1
+    return channels, [F.softplus(raw.float()).expand(channels).contiguous() for raw in raws]
 
 
 def forward(x: Tensor, a: Tensor, c: Tensor, bits: int, signed: bool, offset: float, activation: str) -> Tensor:
@@ -46,12 +70,14 @@ def forward(x: Tensor, a: Tensor, c: Tensor, bits: int, signed: bool, offset: fl
     n = x.numel()
     if n == 0:
         return out
-    dense, A, C, per_channel = _prepare(x, a, c)
-    y = out if out.stride() == dense.stride() else torch.empty_like(dense)
-    with _device(x):
-        kernels.duq_forward[(triton.cdiv(n, _BLOCK),)](
-            dense, A, C, y, n, n // A.numel(), float(steps(bits, signed)), -1.0 if signed else 0.0, offset,
-            PER_CHANNEL=per_channel, ACTIVATION=activation, BLOCK=_BLOCK, enable_fp_fusion=False,
+    channels, (A, C) = _intervals(x, a, c)
+    source = channels_outermost(dense(x), channels > 1)
+    y = out if out.stride() == source.stride() else torch.empty_like(source)
+    block = block_size(warp_size())
+    with on_device(x):
+        kernels.duq_forward[(triton.cdiv(n, block),)](
+            source, A, C, y, n, n // channels, float(steps(bits, signed)), -1.0 if signed else 0.0, offset,
+            PER_CHANNEL=channels > 1, ACTIVATION=activation, BLOCK=block, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return y if y is out else out.copy_(y)
 
@@ -63,19 +89,19 @@ def backward(
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out, torch.zeros_like(a), torch.zeros_like(c)
-    dense, A, C, _ = _prepare(x, a, c)
-    g = grad if grad.stride() == dense.stride() else torch.empty_like(dense, dtype=grad.dtype).copy_(grad)
-    gx = out if out.stride() == dense.stride() else torch.empty_like(dense)
-    channels = A.numel()
+    channels, (A, C) = _intervals(x, a, c)
+    source = channels_outermost(dense(x), channels > 1)
+    g = like(grad, source)
+    gx = out if out.stride() == source.stride() else torch.empty_like(source)
     inner = x.numel() // channels
-    block = min(_BLOCK, triton.next_power_of_2(inner))  # a depthwise filter has 9 weights a channel
-    tiles = min(_TILES, triton.next_power_of_2(triton.cdiv(inner, block)))
+    block = min(block_size(warp_size()), triton.next_power_of_2(inner))  # a depthwise filter has 9 weights a channel
+    tiles = min(TILES, triton.next_power_of_2(triton.cdiv(inner, block)))
     blocks = triton.cdiv(inner, block * tiles)
     partial = torch.empty(2, channels, blocks, dtype=torch.float32, device=x.device)
-    with _device(x):
+    with on_device(x):
         kernels.duq_backward[(blocks, channels)](
-            g, dense, A, C, gx, partial, inner, blocks, float(steps(bits, signed)), -1.0 if signed else 0.0, offset,
-            ACTIVATION=activation, BLOCK=block, TILES=tiles, enable_fp_fusion=False,
+            g, source, A, C, gx, partial, inner, blocks, float(steps(bits, signed)), -1.0 if signed else 0.0, offset,
+            ACTIVATION=activation, BLOCK=block, TILES=tiles, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     gA, gC = partial.sum(dim=2, dtype=torch.float64)
     ga, gc = (_raw_gradient(total, raw) for total, raw in ((gA, a), (gC, c)))
@@ -85,3 +111,23 @@ def backward(
 def _raw_gradient(total: Tensor, raw: Tensor) -> Tensor:
     per_value = total if raw.numel() > 1 else total.sum()
     return (per_value.view(raw.shape) * torch.sigmoid(raw.double())).to(raw.dtype)
+
+
+def codes(x: Tensor, a: Tensor, bits: int, signed: bool, offset: float, activation: str) -> Tensor:
+    """int8 or uint8, like x; see reference.codes. Waits for the device: whether there was a NaN decides what happens next."""
+    out = torch.empty_like(x, dtype=torch.int8 if signed else torch.uint8)
+    n = x.numel()
+    if n == 0:
+        return out
+    channels, (A,) = _intervals(x, a)
+    source = channels_outermost(dense(x), channels > 1)
+    y = out if out.stride() == source.stride() else torch.empty_like(source, dtype=out.dtype)
+    block = codes_block_size(warp_size())
+    nans = torch.empty(triton.cdiv(n, block), dtype=torch.int32, device=x.device)
+    with on_device(x):
+        kernels.duq_codes[(triton.cdiv(n, block),)](
+            source, A, y, nans, n, n // channels, float(steps(bits, signed)), -1.0 if signed else 0.0, offset,
+            PER_CHANNEL=channels > 1, ACTIVATION=activation, BLOCK=block, num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+    refuse_nan(bool(nans.any()))
+    return y if y is out else out.copy_(y)

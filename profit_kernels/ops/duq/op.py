@@ -55,19 +55,28 @@ def _duq_backward(grad, x, a, c, bits, signed, offset, activation):
 
 @torch.library.impl("profit_kernels::duq_codes", "default")
 def _duq_codes(x, a, bits, signed, offset, activation):
-    dispatch.choose("duq_codes", x)
+    if dispatch.choose("duq_codes", x) == "triton":
+        from . import launch
+
+        return launch.codes(x, a, bits, signed, offset, activation)
     return reference.codes(x, a, bits, signed, offset, activation)
 
 
 @torch.library.impl("profit_kernels::duq_weights", "default")
 def _duq_weights(weights, a, c, bits):
-    dispatch.choose("duq_weights", weights[0])
+    if dispatch.choose("duq_weights", weights[0]) == "triton":
+        from . import weights_launch
+
+        return weights_launch.forward(weights, a, c, bits)
     return reference.weights_forward(weights, a, c, bits)
 
 
 @torch.library.impl("profit_kernels::duq_weights_backward", "default")
 def _duq_weights_backward(grads, weights, a, c, bits):
-    dispatch.choose("duq_weights", weights[0])
+    if dispatch.choose("duq_weights", weights[0]) == "triton":
+        from . import weights_launch
+
+        return weights_launch.backward(grads, weights, a, c, bits)
     return reference.weights_backward(grads, weights, a, c, bits)
 
 

@@ -80,9 +80,14 @@ def forward(x: Tensor, a: Tensor, c: Tensor, bits: int, signed: bool, offset: fl
 def codes(x: Tensor, a: Tensor, bits: int, signed: bool, offset: float, activation: str) -> Tensor:
     """round(u * s) as int8 (signed) or uint8. A NaN has no code: raises ValueError."""
     code = _round_clipped(scaled(x, interval(a, x), offset, activation), bits, signed)
-    if torch.isnan(code).any():
-        raise ValueError("duq_codes: the input (or its interval) holds NaN, which has no integer code")
+    refuse_nan(bool(torch.isnan(code).any()))
     return code.to(torch.int8 if signed else torch.uint8)
+
+
+def refuse_nan(found: bool) -> None:
+    """Raise the ValueError of a NaN among the inputs of `codes`."""
+    if found:
+        raise ValueError("duq_codes: the input (or its interval) holds NaN, which has no integer code")
 
 
 def backward(
