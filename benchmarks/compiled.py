@@ -49,13 +49,18 @@ class StaticCase:
     extra_options: Mapping[str, Any] = field(default_factory=dict)
 
 
+def warp_size(target: str) -> int:
+    """Threads of a warp (NVIDIA) or of a wavefront (AMD's data-centre GPUs)."""
+    return 32 if target.startswith("sm_") else 64
+
+
 def gpu_target(name: str) -> Any:
     """Triton's description of "sm_80", "sm_90" or "gfx942"."""
     from triton.backends.compiler import GPUTarget
 
     if name.startswith("sm_"):
-        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
-    return GPUTarget("hip", name, 64)
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), warp_size(name))
+    return GPUTarget("hip", name, warp_size(name))
 
 
 def compile_case(case: StaticCase, target: str) -> Any:
@@ -78,7 +83,7 @@ def compile_case(case: StaticCase, target: str) -> Any:
 def row(case: StaticCase, target: str) -> dict[str, Any]:
     """One line of the static table: what this case compiles to on `target`."""
     compiled = compile_case(case, target)
-    found = _nvidia(compiled.asm) if target.startswith("sm_") else _amd(compiled.asm["amdgcn"])
+    found = _nvidia(compiled.asm) if target.startswith("sm_") else _amd(compiled.asm)
     widths = found.pop("access_bytes")
     # The scalars are float32; on AMD most of them are loaded by other instructions.
     scalars = min(case.scalar_accesses, widths.count(4))
@@ -143,20 +148,23 @@ _AMD_ACCESS = re.compile(
 _AMD_BYTES = {"dword": 4, "word": 4, "short": 2, "ushort": 2, "sshort": 2, "ubyte": 1, "sbyte": 1, "byte": 1}
 
 
-def _amd(text: str) -> dict[str, Any]:
+def _amd(asm: Mapping[str, Any]) -> dict[str, Any]:
+    text, llvm = asm["amdgcn"], asm["llir"]
+
     def meta(key: str) -> int:
         found = re.search(rf"\.{key}:\s*(\d+)", text)
         return int(found[1]) if found else 0
 
     widths = [_AMD_BYTES[kind] * int((times or "x1")[1:]) for kind, times in _AMD_ACCESS.findall(text)]
-    # A correctly rounded division ends in v_div_fixup; an approximate one is a reciprocal without it.
+    # In the assembly integer divisions have reciprocals too, so approximate ones are looked for a stage earlier.
+    approximate = r"\bfdiv (?:\w+ )*(?:fast|arcp|afn)\b|\bfdiv .*!fpmath|llvm\.amdgcn\.rcp"
     exact = len(re.findall(r"\bv_div_fixup_f32", text))
     return {
         "registers": meta("vgpr_count"),
         "spills": meta("vgpr_spill_count") + meta("sgpr_spill_count") + meta("private_segment_fixed_size"),
         "access_bytes": widths,
         "exact_divisions": exact,
-        "inexact_divisions": max(0, len(re.findall(r"\bv_rcp_(?:iflag_)?f32", text)) - exact),
+        "inexact_divisions": len(re.findall(approximate, llvm)),
         # The expansion of an exact division multiplies and adds fused: 6 times each.
         "fma": max(0, len(re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)\w*_f32", text)) - 6 * exact),
     }

@@ -4,8 +4,9 @@
     y = code * (C / s) + d        code = round(clip(u, lo, 1) * s)
     gx = g * C/A * act'(x) inside the clip;  gA = sum(-g * C/A * u) inside;  gC = sum(g * code) / s
 
-Tensors are walked in memory order. `inner` elements in a row share one (A, C) pair. The masks are of 32-bit offsets within
-the block, so that with a size divisible by 16 the compiler still sees 128-bit accesses.
+Tensors are walked in memory order, as channels (one where there is one (A, C) pair) of `inner` elements. Each channel is
+cut into `blocks`, one a program. The masks are of 32-bit offsets within the block, so that with a size divisible by 16
+the compiler still sees 128-bit accesses.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ from .device import activate, activate_grad, clip, round_code
 
 
 @triton.jit
+def _work(inner, blocks, SIZE: tl.constexpr):
+    """Channel of this program, where its elements start in the tensor, and how many are left of the channel there."""
+    k = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (tl.program_id(0) % blocks).to(tl.int64) * SIZE
+    return k, k * inner + start, inner - start
+
+
+@triton.jit
 def duq_forward(
-    x_ptr, A_ptr, C_ptr, y_ptr, n, inner, s, lo, offset,
-    PER_CHANNEL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, A_ptr, C_ptr, y_ptr, inner, blocks, s, lo, offset, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """PER_CHANNEL: a depthwise filter has 9 elements, so a block may span many (A, C) pairs."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    k, start, left = _work(inner, blocks, BLOCK)
     at = tl.arange(0, BLOCK)
-    live = at < n - start
-    if PER_CHANNEL:
-        channel = (start + at) // inner
-        A, C = tl.load(A_ptr + channel, mask=live, other=1.0), tl.load(C_ptr + channel, mask=live, other=1.0)
-    else:
-        A, C = tl.load(A_ptr), tl.load(C_ptr)
+    live = at < left
     x = tl.load(x_ptr + start + at, mask=live, other=0.0).to(tl.float32)
-    u = tl.div_rn(activate(x, ACTIVATION) - offset, A)
-    y = round_code(u, lo, s) * tl.div_rn(C, s) + offset
+    u = tl.div_rn(activate(x, ACTIVATION) - offset, tl.load(A_ptr + k))
+    y = round_code(u, lo, s) * tl.div_rn(tl.load(C_ptr + k), s) + offset
     tl.store(y_ptr + start + at, y.to(y_ptr.dtype.element_ty), mask=live)
 
 
@@ -50,13 +52,10 @@ def duq_backward(
     g_ptr, x_ptr, A_ptr, C_ptr, gx_ptr, partial_ptr, inner, blocks, s, lo, offset,
     ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """Program (j, k) takes up to TILES * BLOCK elements of channel k and writes its two sums to partial[:, k, j]."""
-    j, k = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """A program takes up to TILES blocks and writes its two sums to partial[:, program]."""
+    k, start, left = _work(inner, blocks, BLOCK * TILES)
     A, C = tl.load(A_ptr + k), tl.load(C_ptr + k)
     ratio = tl.div_rn(C, A)
-    start = j.to(tl.int64) * (TILES * BLOCK)
-    left = inner - start
-    start += k * inner
     sum_A = tl.zeros([BLOCK], dtype=tl.float32)
     sum_C = tl.zeros([BLOCK], dtype=tl.float32)
     for tile in range(TILES):
@@ -68,24 +67,20 @@ def duq_backward(
         tl.store(gx_ptr + start + at, gx.to(gx_ptr.dtype.element_ty), mask=live)
         sum_A += term_A
         sum_C += term_C
-    channels = tl.num_programs(1)
-    tl.store(partial_ptr + k * blocks + j, -tl.sum(sum_A))
-    tl.store(partial_ptr + (channels + k) * blocks + j, tl.div_rn(tl.sum(sum_C), s))
+    tl.store(partial_ptr + tl.program_id(0), -tl.sum(sum_A))
+    tl.store(partial_ptr + tl.num_programs(0) + tl.program_id(0), tl.div_rn(tl.sum(sum_C), s))
 
 
 @triton.jit
 def duq_codes(
-    x_ptr, A_ptr, code_ptr, nan_ptr, n, inner, s, lo, offset,
-    PER_CHANNEL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, A_ptr, code_ptr, nan_ptr, inner, blocks, s, lo, offset, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A NaN has no code: 0 is written, and nan[program] counts how many there were."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+    k, start, left = _work(inner, blocks, BLOCK)
     at = tl.arange(0, BLOCK)
-    live = at < n - start
-    A = tl.load(A_ptr + (start + at) // inner, mask=live, other=1.0) if PER_CHANNEL else tl.load(A_ptr)
+    live = at < left
     x = tl.load(x_ptr + start + at, mask=live, other=0.0).to(tl.float32)
-    code = round_code(tl.div_rn(activate(x, ACTIVATION) - offset, A), lo, s)
+    code = round_code(tl.div_rn(activate(x, ACTIVATION) - offset, tl.load(A_ptr + k)), lo, s)
     nan = live & (code != code)
-    code = tl.where(nan, 0.0, code)
-    tl.store(code_ptr + start + at, code.to(code_ptr.dtype.element_ty), mask=live)
+    tl.store(code_ptr + start + at, tl.where(nan, 0.0, code).to(code_ptr.dtype.element_ty), mask=live)
     tl.store(nan_ptr + tl.program_id(0), tl.sum(nan.to(tl.int32)))

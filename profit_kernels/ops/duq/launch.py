@@ -58,26 +58,38 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
-def _intervals(x: Tensor, *raws: Tensor) -> tuple[int, list[Tensor]]:
-    """Number of (A, C) pairs, and the softplus of each raw parameter, one value a pair."""
-    channels = x.shape[0] if max(raw.numel() for raw in raws) > 1 else 1
-    return channels, [F.softplus(raw.float()).expand(channels).contiguous() for raw in raws]
+class _Call:
+    """What the three launches of DuQ have in common: the tensor as the kernels can walk it, and their numbers."""
+
+    def __init__(
+        self, x: Tensor, raws: tuple[Tensor, ...], block: int, tiles: int, bits: int, signed: bool, offset: float
+    ) -> None:
+        self.channels = x.shape[0] if max(raw.numel() for raw in raws) > 1 else 1
+        self.source = channels_outermost(dense(x), self.channels > 1)
+        self.intervals = [F.softplus(raw.float()).expand(self.channels).contiguous() for raw in raws]
+        inner = x.numel() // self.channels
+        self.block = min(block, triton.next_power_of_2(inner))  # a depthwise filter has 9 weights a channel
+        self.tiles = min(tiles, triton.next_power_of_2(triton.cdiv(inner, self.block)))
+        blocks = triton.cdiv(inner, self.block * self.tiles)
+        self.programs = self.channels * blocks
+        self.numbers = (inner, blocks, float(steps(bits, signed)), -1.0 if signed else 0.0, offset)
+
+    def result(self, out: Tensor) -> Tensor:
+        """`out` itself if the kernel can write to it in the order in which it walks, else a tensor to copy from."""
+        return out if out.stride() == self.source.stride() else torch.empty_like(self.source, dtype=out.dtype)
 
 
 def forward(x: Tensor, a: Tensor, c: Tensor, bits: int, signed: bool, offset: float, activation: str) -> Tensor:
     """y like x; see reference.forward."""
     out = torch.empty_like(x)
-    n = x.numel()
-    if n == 0:
+    if x.numel() == 0:
         return out
-    channels, (A, C) = _intervals(x, a, c)
-    source = channels_outermost(dense(x), channels > 1)
-    y = out if out.stride() == source.stride() else torch.empty_like(source)
-    block = block_size(warp_size())
+    call = _Call(x, (a, c), block_size(warp_size()), 1, bits, signed, offset)
+    y = call.result(out)
     with on_device(x):
-        kernels.duq_forward[(triton.cdiv(n, block),)](
-            source, A, C, y, n, n // channels, float(steps(bits, signed)), -1.0 if signed else 0.0, offset,
-            PER_CHANNEL=channels > 1, ACTIVATION=activation, BLOCK=block, num_warps=WARPS, enable_fp_fusion=False,
+        kernels.duq_forward[(call.programs,)](
+            call.source, *call.intervals, y, *call.numbers,
+            ACTIVATION=activation, BLOCK=call.block, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return y if y is out else out.copy_(y)
 
@@ -89,21 +101,15 @@ def backward(
     out = torch.empty_like(x)
     if x.numel() == 0:
         return out, torch.zeros_like(a), torch.zeros_like(c)
-    channels, (A, C) = _intervals(x, a, c)
-    source = channels_outermost(dense(x), channels > 1)
-    g = like(grad, source)
-    gx = out if out.stride() == source.stride() else torch.empty_like(source)
-    inner = x.numel() // channels
-    block = min(block_size(warp_size()), triton.next_power_of_2(inner))  # a depthwise filter has 9 weights a channel
-    tiles = min(TILES, triton.next_power_of_2(triton.cdiv(inner, block)))
-    blocks = triton.cdiv(inner, block * tiles)
-    partial = torch.empty(2, channels, blocks, dtype=torch.float32, device=x.device)
+    call = _Call(x, (a, c), block_size(warp_size()), TILES, bits, signed, offset)
+    gx = call.result(out)
+    partial = torch.empty(2, call.programs, dtype=torch.float32, device=x.device)
     with on_device(x):
-        kernels.duq_backward[(blocks, channels)](
-            g, source, A, C, gx, partial, inner, blocks, float(steps(bits, signed)), -1.0 if signed else 0.0, offset,
-            ACTIVATION=activation, BLOCK=block, TILES=tiles, num_warps=WARPS, enable_fp_fusion=False,
+        kernels.duq_backward[(call.programs,)](
+            like(grad, call.source), call.source, *call.intervals, gx, partial, *call.numbers,
+            ACTIVATION=activation, BLOCK=call.block, TILES=call.tiles, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
-    gA, gC = partial.sum(dim=2, dtype=torch.float64)
+    gA, gC = partial.view(2, call.channels, -1).sum(dim=2, dtype=torch.float64)
     ga, gc = (_raw_gradient(total, raw) for total, raw in ((gA, a), (gC, c)))
     return gx if gx is out else out.copy_(gx), ga, gc
 
@@ -116,18 +122,15 @@ def _raw_gradient(total: Tensor, raw: Tensor) -> Tensor:
 def codes(x: Tensor, a: Tensor, bits: int, signed: bool, offset: float, activation: str) -> Tensor:
     """int8 or uint8, like x; see reference.codes. Waits for the device: whether there was a NaN decides what happens next."""
     out = torch.empty_like(x, dtype=torch.int8 if signed else torch.uint8)
-    n = x.numel()
-    if n == 0:
+    if x.numel() == 0:
         return out
-    channels, (A,) = _intervals(x, a)
-    source = channels_outermost(dense(x), channels > 1)
-    y = out if out.stride() == source.stride() else torch.empty_like(source, dtype=out.dtype)
-    block = codes_block_size(warp_size())
-    nans = torch.empty(triton.cdiv(n, block), dtype=torch.int32, device=x.device)
+    call = _Call(x, (a,), codes_block_size(warp_size()), 1, bits, signed, offset)
+    y = call.result(out)
+    nans = torch.empty(call.programs, dtype=torch.int32, device=x.device)
     with on_device(x):
-        kernels.duq_codes[(triton.cdiv(n, block),)](
-            source, A, y, nans, n, n // channels, float(steps(bits, signed)), -1.0 if signed else 0.0, offset,
-            PER_CHANNEL=channels > 1, ACTIVATION=activation, BLOCK=block, num_warps=WARPS, enable_fp_fusion=False,
+        kernels.duq_codes[(call.programs,)](
+            call.source, *call.intervals, y, nans, *call.numbers,
+            ACTIVATION=activation, BLOCK=call.block, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     refuse_nan(bool(nans.any()))
     return y if y is out else out.copy_(y)
