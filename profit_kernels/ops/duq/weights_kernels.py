@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import round_code
+from .device import quantize
 from .kernels import gradient
 
 PIECE_COLUMNS = tl.constexpr(5)
@@ -28,7 +28,7 @@ def duq_weights_forward(piece_ptr, A_ptr, C_ptr, y_ptr, BLOCK: tl.constexpr):
     k, s = tl.load(row + 3), tl.load(row + 4).to(tl.float32)
     A, C = tl.load(A_ptr + k), tl.load(C_ptr + k)
     w = tl.load(w_ptr + at, mask=live, other=0.0).to(tl.float32)
-    y = round_code(tl.div_rn(w, A), -1.0, s) * tl.div_rn(C, s)
+    y = C * quantize(tl.div_rn(w, A), -1.0, s)
     tl.store(y_ptr + tl.load(row + 1) + at, y.to(y_ptr.dtype.element_ty), mask=live)
 
 
