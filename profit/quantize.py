@@ -16,7 +16,7 @@ from torch import nn
 from .config import ACTIVATIONS, DuQConfig, check_bits
 from .dataflow import LayerFlow, is_layer, trace
 from .errors import CalibrationError, ConversionError
-from .nn import QuantConv2d, QuantLayer, QuantLinear
+from .nn import QuantConv2d, QuantLayer, QuantLinear, weight_batch
 from .nn.conv import is_same_padded
 from .nn.layer import check_own_parameters
 from .nn.linear import check_plain_linear
@@ -85,6 +85,7 @@ def quantize_(
             swaps[producer] = nn.Identity().train(producer.training)
     _warn_of_padding(model, [layer for layer in swaps.values() if isinstance(layer, QuantConv2d)])
     swap_modules(model, swaps)
+    weight_batch.attach(model)
     return layer_table(model)
 
 

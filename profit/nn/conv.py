@@ -134,11 +134,11 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         q, w = self.input_quantizer, self.weight_quantizer
         q.check_ready()
         w.check_ready()
-        frozen = self.cached_weight()
+        ready = self.ready_weight()
         return duq_depthwise_conv2d(
-            x, self.weight if frozen is None else frozen, q.a, q.c, w.a, w.c, self.bias,
+            x, self.weight if ready is None else ready, q.a, q.c, w.a, w.c, self.bias,
             stride=self.stride, padding=self.padding4(x), dilation=self.dilation, act_bits=q.bits,
-            weight_bits=w.bits if frozen is None else None, signed=q.signed, offset=q.offset, activation=q.activation,
+            weight_bits=w.bits if ready is None else None, signed=q.signed, offset=q.offset, activation=q.activation,
             pad_value=self.pad_value,
         )  # fmt: skip
 

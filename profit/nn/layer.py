@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from ..config import DuQConfig, LayerSettings, check_bits
 from ..errors import CalibrationError, ConversionError
 from .baselines import BASELINES
 from .quantizer import InputQuantizer, WeightQuantizer
+
+if TYPE_CHECKING:
+    from .weight_batch import BatchedWeight
 
 # torch.nn.Module keeps hooks in these dictionaries; sharing them keeps a user's hooks, and their handles, alive.
 _HOOKS = (
@@ -59,6 +62,7 @@ class QuantLayer(nn.Module):
         self._frozen_intervals = False
         self._cached_weight: Tensor | None = None
         self._cached_versions: tuple[int, ...] = ()
+        self.batched_weight: BatchedWeight | None = None  # set anew by every forward of the model
         self.rename(layer_name)
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
@@ -94,8 +98,21 @@ class QuantLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight the layer computes with, shaped as `weight`; differentiable unless it comes from the cache."""
+        ready = self.ready_weight()
+        return self.weight_quantizer(self.weight) if ready is None else ready
+
+    def ready_weight(self) -> Tensor | None:
+        """The quantized weight where it exists already: from the cache, or from the start of the model's forward."""
         cached = self.cached_weight()
-        return self.weight_quantizer(self.weight) if cached is None else cached
+        if cached is None and self.batched_weight is not None:
+            return self.batched_weight.current()
+        return cached
+
+    def needs_quantized_weight(self) -> bool:
+        """Whether the model's forward should quantize this weight: DuQ, with bits and an interval, and not cached."""
+        quantizer = self.weight_quantizer
+        ready = quantizer.is_duq and quantizer.bits is not None and quantizer.is_initialized
+        return ready and self.cached_weight() is None
 
     def cached_weight(self) -> Tensor | None:
         """The quantized weight of a layer frozen with its intervals, else None."""
