@@ -1,0 +1,95 @@
+"""Every Triton kernel compiled for GPUs that are not here: the static bar (docs/kernels.md), and that no kernel is left out.
+
+Compiling needs Triton without its interpreter, which is chosen at import: hence a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compiled, static
+
+pytest.importorskip("triton", reason="Triton is not installed")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("static")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, "-m", "benchmarks", "static", "--jobs", "1", "--json", str(folder / "static.json")]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
+    assert run.returncode in (0, 1), run.stderr[-2000:]
+    return json.loads((folder / "static.json").read_text())["rows"]
+
+
+def test_every_kernel_clears_the_bar(rows):
+    failed = [f"{r['kernel']} ({r['note']}), {r['target']}, {r['dtype']}: {r['faults']}" for r in rows if r["faults"]]
+    assert not failed, "\n".join(failed)
+
+
+def test_no_kernel_is_left_out(rows):
+    launched = set()
+    for path in (ROOT / "profit_kernels" / "ops").glob("*/*launch*.py"):
+        launched |= set(re.findall(r"\bkernels\w*\.(\w+)\[", path.read_text()))
+    assert launched, "no launch was found: does the pattern still fit the launchers?"
+    for target in compiled.TARGETS:
+        covered = {r["kernel"] for r in rows if r["target"] == target}
+        assert launched <= covered, f"{target}: no static case for {sorted(launched - covered)}"
+
+
+def test_divisions_are_where_codes_are_made(rows):
+    for r in rows:
+        if r["kernel"] in ("duq_forward", "duq_backward", "duq_codes"):
+            assert r["exact_divisions"] > 0, r
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"spills": 8}, "8 register spills"),
+        ({"narrow_accesses": 2}, "2 accesses below 128 bits"),
+        ({"inexact_divisions": 1}, "1 divisions that do not round correctly"),
+        ({"fma": 3}, "3 fused multiply-adds"),
+    ],
+)
+def test_faults_are_named(change, fault):
+    case = compiled.StaticCase("k", None, {}, {}, "fp32")
+    good = {"spills": 0, "narrow_accesses": 0, "inexact_divisions": 0, "fma": 0}
+    assert compiled.faults(case, good) == []
+    assert compiled.faults(case, good | change) == [fault]
+
+
+def test_a_jump_in_registers_is_printed():
+    row = dict.fromkeys(static.KEY, "x") | {"registers": 40}
+    assert static.changes([row | {"registers": 64}], [row]) == ["x (x), x, x: registers 40 -> 64"]
+    assert static.changes([row], [row]) == []
+
+
+def test_the_suite_refuses_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "static"], cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 2 and "TRITON_INTERPRET is set" in run.stderr
+
+
+def test_the_bar_sees_kernels_that_break_it():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.ops.bad_kernels"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout)
+    for target in compiled.TARGETS:
+        assert "fused multiply-adds" in found[f"fused_multiply_add {target}"][0]
+        assert "below 128 bits" in found[f"narrow_access {target}"][0]
+    for target in ("sm_80", "sm_90"):  # on AMD Triton's plain division rounds correctly too
+        assert "do not round correctly" in found[f"approximate_division {target}"][0]
