@@ -1,0 +1,208 @@
+"""The cases of the suite ops: for every operator and shape, its variants and what each must agree with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import profit_kernels as pk
+from profit.nn.quantizer import apply_activation, inverse_softplus
+from profit_kernels.ops.duq.reference import steps
+
+from . import gates, registry
+from .registry import KINDS, Layer
+
+BITS = 4
+
+Forward = Callable[[], Sequence[Tensor]]
+# (outputs, gradients of the leaves) of a variant, and of the reference
+Gate = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a case. `leaves`: what it is differentiated by; `gate`: None where it computes something else."""
+
+    forward: Forward
+    leaves: Sequence[Tensor]
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    gate: Gate | None = None
+    compiled: bool = False
+
+
+@dataclass
+class Case:
+    """`moved`: tensors of `numel` elements that must move once, by direction; `parameters` are not counted as kept."""
+
+    name: str
+    numel: int
+    dtype: torch.dtype
+    moved: dict[str, float]
+    grads: Sequence[Tensor]
+    parameters: Sequence[Tensor]
+    variants: dict[str, Variant] = field(default_factory=dict)
+
+
+def _backend(name: str, ops: Sequence[str]) -> Callable[[], contextlib.AbstractContextManager]:
+    return lambda: pk.use_backend(name, ops)
+
+
+def _ours(case: Case, ops: Sequence[str], forward: Forward, leaves: Sequence[Tensor], gate: Gate, device: str) -> None:
+    """auto, every backend that can serve the first of `ops`, and the reference in eager mode and compiled."""
+    case.variants["auto"] = Variant(forward, leaves, _backend("auto", pk.dispatch.OPS), gate)
+    for backend in registry.backends(ops[0], device, case.dtype):
+        served = [op for op in ops if backend in registry.backends(op, device, case.dtype)]
+        case.variants[backend] = Variant(forward, leaves, _backend(backend, served), gate)
+    reference = _backend("reference", pk.dispatch.OPS)
+    case.variants["reference-eager"] = Variant(forward, leaves, reference, gate)
+    compiled = torch.compile(forward, dynamic=False)
+    case.variants["reference-compile"] = Variant(compiled, leaves, reference, gate, compiled=True)
+
+
+def _float(case: Case, forward: Forward, leaves: Sequence[Tensor]) -> None:
+    case.variants["float-eager"] = Variant(forward, leaves)
+    case.variants["float-compile"] = Variant(torch.compile(forward, dynamic=False), leaves, compiled=True)
+
+
+def _raw(value: float, device: str, numel: int = 1) -> Tensor:
+    """A raw interval or scale whose softplus is `value`."""
+    raw = inverse_softplus(torch.full((numel,), value, dtype=torch.float64)).float()
+    return raw.to(device).requires_grad_()
+
+
+def _random(shape: Sequence[int], dtype: torch.dtype, device: str, std: float = 1.0) -> Tensor:
+    """Normal data; four dimensions come in channels_last."""
+    data = torch.randn(tuple(shape), device=device, dtype=torch.float32).mul_(std).to(dtype)
+    return data.to(memory_format=torch.channels_last) if data.dim() == 4 else data
+
+
+def duq(shape: Sequence[int], kind: str, dtype: torch.dtype, device: str) -> Case:
+    """DuQ with its activation on one tensor: read x, write y; then read g and x, write gx."""
+    signed, offset, activation = KINDS[kind]
+    x = _random(shape, dtype, device, 2.0).requires_grad_()
+    a, c = _raw(3.0, device), _raw(3.0, device)
+    settings = {"bits": BITS, "signed": signed, "offset": offset, "activation": activation}
+    size = "x".join(map(str, shape))
+    grad = _random(shape, dtype, device)
+    name = f"duq {kind} {size} {str(dtype).removeprefix('torch.')}"
+    moved = {"forward": 2, "backward": 3, "forward+backward": 5}
+    case = Case(name, x.numel(), dtype, moved, [grad], [a, c])
+
+    def gate(out, got, want_out, want) -> None:
+        gates.codes(out[0], want_out[0], x, a, c, **settings)
+        gates.relative_l2("the output", out[0], want_out[0], gates.RELATIVE[dtype])
+        gates.depthwise_gradients(("x", "a", "c"), got, want, grad)
+
+    _ours(case, ["duq"], lambda: [pk.duq_fake_quantize(x, a, c, **settings)], [x, a, c], gate, device)
+    if activation != "none":
+        _float(case, lambda: [apply_activation(x, activation)], [x])
+
+    s = steps(BITS, signed)
+    low, high = (-s, s) if signed else (0, s)
+    scale = torch.tensor([3.0 / s], device=device, requires_grad=True)
+    zero = torch.tensor([round(-offset * s / 3.0)], device=device, dtype=torch.float32, requires_grad=True)
+
+    def learnable() -> list[Tensor]:
+        h = apply_activation(x, activation)
+        return [torch._fake_quantize_learnable_per_tensor_affine(h, scale, zero, low, high, 1.0)]
+
+    def near(out, got, want_out, want) -> None:
+        gates.one_step(out[0], want_out[0], c, BITS, signed)
+
+    case.variants["torch-learnable"] = Variant(learnable, [x, scale, zero], gate=near)
+    return case
+
+
+def weights(net: str, px: int, device: str) -> Case:
+    """All convolution weights of a network: in one call, and layer by layer."""
+    shapes = registry.weight_shapes(net, px)
+    ws = [_random(shape, torch.float32, device, 0.1).requires_grad_() for shape in shapes]
+    a, c = ([_raw(0.3, device) for _ in ws] for _ in range(2))
+    grads = [_random(shape, torch.float32, device) for shape in shapes]
+    leaves = [*ws, *a, *c]
+    numel = sum(w.numel() for w in ws)
+    moved = {"forward": 2, "backward": 3, "forward+backward": 5}
+    case = Case(f"weights {net}, {len(ws)} layers", numel, torch.float32, moved, grads, leaves)
+
+    def gate(out, got, want_out, want) -> None:
+        n = len(ws)
+        for i in range(n):
+            gates.codes(out[i], want_out[i], ws[i], a[i], c[i], bits=BITS, signed=True)
+            triple = (i, n + i, 2 * n + i)
+            gates.depthwise_gradients(("w", "a", "c"), [got[j] for j in triple], [want[j] for j in triple], grads[i])
+
+    def together() -> list[Tensor]:
+        return pk.duq_fake_quantize_weights(ws, a, c, bits=BITS)
+
+    def one_by_one() -> list[Tensor]:
+        return [pk.duq_fake_quantize(*triple, bits=BITS, signed=True) for triple in zip(ws, a, c, strict=True)]
+
+    ops = ["duq_weights", "duq"] if "duq_weights" in pk.dispatch.OPS else ["duq"]
+    _ours(case, ops, together, leaves, gate, device)
+    case.variants["auto, layer by layer"] = Variant(one_by_one, leaves, _backend("auto", pk.dispatch.OPS), gate)
+    return case
+
+
+def depthwise(layer: Layer, dtype: torch.dtype, device: str) -> Case:
+    """Activation + DuQ + padding + depthwise convolution, the weight quantized too where the layer is large enough."""
+    x = _random(layer.shape, dtype, device, 2.0).requires_grad_()
+    w = (torch.randn(layer.weight_shape, device=device) * 0.3).requires_grad_()
+    weight_bits = BITS if layer.shape[2] >= registry.MIN_HEIGHT_WITH_WEIGHTS else None
+    a, c, aw, cw = _raw(3.0, device), _raw(3.0, device), _raw(0.9, device), _raw(0.9, device)
+    grad = _random(layer.output_shape, dtype, device)
+    geometry = {"stride": layer.stride, "padding": layer.padding}
+    settings = {"act_bits": BITS, "weight_bits": weight_bits, "signed": layer.signed, "offset": layer.offset}
+    settings |= {"activation": layer.activation, "pad_value": layer.pad_value}
+    share = layer.output_numel / layer.input_numel
+    moved = {"forward": 1 + share, "backward": 2 + share, "forward+backward": 3 + 2 * share}
+    given = "" if weight_bits else ", weight given"
+    name = f"depthwise {layer.label}{given} {str(dtype).removeprefix('torch.')}"
+    leaves, names = [x, w, a, c], ["x", "w", "a", "c"]
+    if weight_bits:
+        leaves, names = [*leaves, aw, cw], [*names, "a_w", "c_w"]
+    case = Case(name, x.numel(), dtype, moved, [grad], leaves[1:])
+
+    def gate(out, got, want_out, want) -> None:
+        gates.relative_l2("the output", out[0], want_out[0], gates.RELATIVE[dtype])
+        gates.depthwise_gradients(names, got, want, grad)
+
+    intervals = (a, c, aw, cw) if weight_bits else (a, c, None, None)
+    ops = ["duq_depthwise", "depthwise", "duq"]
+    _ours(case, ops, lambda: [pk.duq_depthwise_conv2d(x, w, *intervals, **geometry, **settings)], leaves, gate, device)
+
+    def full_precision() -> list[Tensor]:
+        h = apply_activation(x, layer.activation)
+        left, right, top, bottom = layer.padding
+        border = (top, left)
+        if (top, left) != (bottom, right):
+            h, border = F.pad(h, layer.padding), (0, 0)
+        return [F.conv2d(h, w.to(dtype), None, layer.stride, border, groups=layer.groups)]
+
+    _float(case, full_precision, [x, w])
+    return case
+
+
+def makers(batch: int, px: int, device: str, dtypes: Sequence[str], toy: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
+    """(name of the group, a function that builds a case), in the order of their weight, one at a time for the memory."""
+    from .options import DTYPES, TOY_MODEL
+
+    kinds = [DTYPES[name] for name in dtypes]
+    nets = (TOY_MODEL,) if toy else registry.NETS
+    found = registry.depthwise_layers(px, batch, nets)
+    found = found[:: max(1, len(found) // 2)] if toy else found
+    sizes = [found[0].shape] if toy else [found[0].shape, found[len(found) // 2].shape, found[-1].shape]
+    for dtype in kinds:
+        for kind in KINDS:
+            yield "duq", lambda kind=kind, dtype=dtype: duq(sizes[0], kind, dtype, device)
+    for shape in sizes[1:]:
+        yield "duq", lambda shape=shape: duq(shape, "hardswish", kinds[0], device)
+    for net in nets:
+        yield "weights", lambda net=net: weights(net, px, device)
+    for layer in found:
+        for dtype in kinds:
+            yield "depthwise", lambda layer=layer, dtype=dtype: depthwise(layer, dtype, device)

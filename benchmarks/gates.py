@@ -1,0 +1,78 @@
+"""Correctness before speed: what a variant must agree with before it gets a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from profit_kernels.ops.duq import reference
+from profit_kernels.testing import assert_close_banded
+
+from .process import WrongResult
+
+# Relative L2 distance of convolutions and gradients from the reference's: sums in another order (1e-6 and less), and a code
+# in 10^5 at a rounding edge that takes its other value, 1/15 of the range away (2e-4). bfloat16: products of 8 bits.
+RELATIVE = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+# A gradient of an interval: a sum of terms of mixed sign, compared by the root of the sum of their squares times this.
+INTERVAL = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.1}
+# Elements compared code by code, on the host; the rest of a large tensor is compared by its L2 distance.
+CODES_COMPARED = 1 << 20
+# KL per channel between float32 convolutions that sum in another order.
+KL = {"rtol": 1e-3, "atol": 1e-6}
+
+
+def relative_l2(what: str, actual: Tensor, expected: Tensor, allowed: float) -> None:
+    """Raise WrongResult unless |actual - expected| <= allowed * |expected|, with the same shape and dtype."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        raise WrongResult(
+            f"wrong result: {what} is {actual.dtype} {tuple(actual.shape)}, not {expected.dtype} {tuple(expected.shape)}"
+        )
+    size = torch.linalg.vector_norm(expected, dtype=torch.float32)
+    apart = float(torch.linalg.vector_norm(actual.float() - expected.float()) / size.clamp(min=1e-30))
+    if not apart <= allowed:  # a NaN is wrong, too
+        raise WrongResult(f"wrong result: {what} is {apart:.2g} from the reference (relative L2), {allowed:g} allowed")
+
+
+def interval(what: str, actual: Tensor, expected: Tensor, grad: Tensor) -> None:
+    """Raise WrongResult unless the gradients of a raw interval agree as sums over `grad` can."""
+    slack = INTERVAL[grad.dtype] * (float(torch.linalg.vector_norm(grad, dtype=torch.float32)) + float(expected.abs().max()))
+    apart = float((actual - expected).abs().max())
+    if not apart <= slack:
+        raise WrongResult(f"wrong result: {what} differs from the reference by {apart:.2g}, {slack:.2g} allowed")
+
+
+def codes(actual: Tensor, expected: Tensor, x: Tensor, a: Tensor, c: Tensor, **settings) -> None:
+    """Raise WrongResult unless the first CODES_COMPARED outputs of DuQ are the reference's, by the contract of maths.md."""
+    first = [t.detach().permute(0, 2, 3, 1).flatten()[:CODES_COMPARED] if t.dim() == 4 and a.numel() == 1 else t.detach()
+             for t in (actual, expected, x)]  # fmt: skip
+    try:
+        assert_close_banded(*first, a.detach(), c.detach(), **settings)
+    except AssertionError as error:
+        raise WrongResult(f"wrong result: {error}") from None
+
+
+def one_step(actual: Tensor, expected: Tensor, c: Tensor, bits: int, signed: bool) -> None:
+    """Raise WrongResult unless another quantizer of the same range is within 1.5 steps: half for its integer zero point."""
+    step = float(torch.nn.functional.softplus(c).max()) / reference.steps(bits, signed)
+    apart = float((actual.float() - expected.float()).abs().max())
+    if not apart <= 1.5 * step + 0.02 * float(expected.abs().max()):
+        raise WrongResult(f"wrong result: {apart / step:.2g} steps from the reference, 1.5 allowed")
+
+
+def kl(actual: Tensor, expected: Tensor) -> None:
+    """Raise WrongResult unless two KLs per channel agree."""
+    try:
+        torch.testing.assert_close(actual, expected, **KL)
+    except AssertionError as error:
+        raise WrongResult(f"wrong result: {' '.join(str(error).split())}") from None
+
+
+def depthwise_gradients(names: Sequence[str], actual: Sequence[Tensor], expected: Sequence[Tensor], grad: Tensor) -> None:
+    """Gradients by name: those of intervals (`a...`, `c...`) by their sums, the others by relative L2."""
+    for name, got, want in zip(names, actual, expected, strict=True):
+        if name[0] in "ac":
+            interval(f"the gradient of {name}", got, want, grad)
+        else:
+            relative_l2(f"the gradient of {name}", got, want, RELATIVE[grad.dtype])

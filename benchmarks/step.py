@@ -1,0 +1,250 @@
+"""A whole training step (forward, loss, backward, SGD) of a W4A4 network against full precision and the reference.
+
+Every variant lives in a process of its own, with the allocator tuned alike, and computes the same step as the eager
+reference (or eager full precision) first: a variant whose loss or gradients differ gets no figure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import profit
+from profit_kernels import dispatch, use_backend
+from profit_kernels.dispatch import set_backend
+
+from . import nets, options
+from .process import Prepared, Unavailable, WrongResult, measure
+from .rows import Report
+from .timing import Call, budget, why_no_compile
+
+# Relative L2 distance of loss, logits and all gradients together from the eager reference's. One code that a rounding edge
+# flips moves whatever lies behind it, layer after layer, so this catches a wrong formula, not a wrong last bit: the
+# operators themselves are compared code by code in the suite ops and in the tests.
+GATE = {"fp32": 0.05, "bf16": 0.25}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to know. `variant`: a name of VARIANTS or of a backend; `monitor`: AIWQ mode or None."""
+
+    variant: str
+    model: str
+    batch: int
+    px: int
+    device: str
+    dtype: str
+    threads: int
+    monitor: str | None = None
+
+
+# variant -> (converted, backend, torch.compile, CUDA graph)
+VARIANTS = {
+    "auto": (True, "auto", False, False),
+    "auto-compile": (True, "auto", True, False),
+    "auto-graph": (True, "auto", False, True),
+    "reference-eager": (True, "reference", False, False),
+    "reference-compile": (True, "reference", True, False),
+    "float-eager": (False, "reference", False, False),
+    "float-compile": (False, "reference", True, False),
+}
+
+
+def variants(device: str) -> list[str]:
+    """The variants of a step on such a device; a backend by name only where it is not what `auto` takes anyway."""
+    names = [name for name in VARIANTS if device == "cuda" or not name.endswith("graph")]
+    auto = dispatch.plan(device)
+    for backend in dispatch.BACKENDS[1:]:
+        serves = backend_plan(backend, device)
+        if backend in serves.values() and serves != auto:
+            names.insert(1, backend)
+    return names
+
+
+def backend_plan(backend: str, device: str) -> dict[str, str]:
+    """Operator -> `backend` where it has a kernel for it, else the reference."""
+    return {
+        op: backend if dispatch.why_not(op, backend, device, torch.float32) is None else "reference"
+        for op in dispatch.OPS
+    }
+
+
+@contextlib.contextmanager
+def backend_for(variant: str, device: str):
+    """The choice of backend of a variant; those named after a backend use it for every operator that it has."""
+    name = VARIANTS[variant][1] if variant in VARIANTS else variant
+    with use_backend("auto" if name == "auto" else "reference"):
+        if variant not in VARIANTS:
+            for op, backend in backend_plan(variant, device).items():
+                set_backend(backend, [op])
+        yield
+
+
+def example(job: Job) -> tuple[Tensor, Tensor]:
+    """Random images and labels, the same in every process."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(job.batch, 3, job.px, job.px, generator=generator)
+    labels = torch.randint(1000, (job.batch,), generator=generator)
+    return images.to(job.device, memory_format=torch.channels_last), labels.to(job.device)
+
+
+def build(job: Job, images: Tensor) -> nn.Module:
+    """The network of a variant, in training mode."""
+    torch.manual_seed(0)
+    if VARIANTS.get(job.variant, (True,))[0]:
+        return nets.converted(job.model, images[:16])
+    return nets.create(job.model).to(job.device, memory_format=torch.channels_last).train()
+
+
+def loss_of(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """(loss, logits); bf16 means autocast."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        logits = model(images)
+        return F.cross_entropy(logits.float(), labels), logits
+
+
+def gradients(model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, dtype: str) -> list[Tensor]:
+    """[loss, logits, every gradient in the order of the parameters] as float32."""
+    loss, logits = loss_of(run, images, labels, dtype)
+    loss.backward()
+    found = [loss.detach(), logits.detach().float()]
+    found += [p.grad.float() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def distance(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Relative L2 distance of two lists of tensors; infinite where they differ in kind."""
+    if [t.shape for t in actual] != [t.shape for t in expected]:
+        return float("inf")
+    apart = sum((a - e).double().square().sum() for a, e in zip(actual, expected, strict=True))
+    size = sum(e.double().square().sum() for e in expected)
+    return float((apart / size).sqrt())
+
+
+def check(job: Job, model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
+    """The largest distance of loss, logits, gradients from the eager reference's; raises WrongResult beyond GATE."""
+    twin = copy.deepcopy(model)
+    with use_backend("reference"):
+        expected = gradients(twin, twin, images, labels, job.dtype)
+    del twin
+    buffers = [b.clone() for b in model.buffers()]
+    actual = gradients(model, run, images, labels, job.dtype)
+    for buffer, before in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+    apart = max(distance(actual[i:j], expected[i:j]) for i, j in ((0, 1), (1, 2), (2, None)))
+    if not apart <= GATE[job.dtype]:  # a NaN is wrong, too
+        raise WrongResult(f"wrong result: {apart:.2g} from the eager reference (relative L2), {GATE[job.dtype]} allowed")
+    return apart
+
+
+def prepare(job: Job) -> Prepared:
+    """Build, check and warm one variant; runs in its process."""
+    torch.set_num_threads(job.threads)
+    _, _, compiled, graph = VARIANTS.get(job.variant, (True, "", False, False))
+    reason = why_no_compile(job.device) if compiled else None
+    if reason is not None:
+        raise Unavailable(reason)
+    images, labels = example(job)
+    model = build(job, images)
+    run: Any = torch.compile(model, dynamic=False) if compiled else model
+
+    def context() -> contextlib.AbstractContextManager:
+        return backend_for(job.variant, job.device)
+
+    with context():
+        apart = check(job, model, run, images, labels)
+        groups = profit.param_groups(model, lr=1e-4, weight_decay=4e-5)
+        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+        monitor = None if job.monitor is None else profit.AIWQMonitor(model, mode=job.monitor)
+
+        def step(_: object = None) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            loss_of(run, images, labels, job.dtype)[0].backward()
+            optimizer.step()
+            if monitor is not None:
+                monitor.step()
+
+        call = step
+        if graph:
+            captured = capture(step)
+            call = lambda _: captured.replay()  # noqa: E731
+        else:
+            for _ in range(3):
+                step()
+    return Prepared(
+        Call(call, context=context), job.device, lambda: loss_of(run, images, labels, job.dtype),
+        (*model.parameters(), images), {"distance": apart, "backends": backends_used(job)},
+    )  # fmt: skip
+
+
+def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one step, captured after three on a side stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def backends_used(job: Job) -> str:
+    """Which backends serve the operators of the step, in words."""
+    served = sorted(set(dispatch.plan(job.device).values()))
+    return ", ".join(served) if VARIANTS.get(job.variant, (True,))[0] else "full precision"
+
+
+def run_case(
+    report: Report, case: str, jobs: dict[str, Any], given: Any, used_up: Callable[[], bool], prepare_job: Any = prepare
+) -> None:
+    """Measure the variants of one case and add their rows."""
+    outcomes = measure(
+        prepare_job, jobs, rounds=given.rounds, turn_s=0.0 if given.toy else 2.0, most=1 if given.toy else 10,
+        say=lambda text: print(f"{case}  {text}", flush=True), used_up=used_up,
+    )  # fmt: skip
+    for variant, outcome in outcomes.items():
+        facts = outcome.facts
+        note = outcome.note or f"{facts['backends']}; {facts['distance']:.1g} from the reference"
+        report.add(
+            case, variant, "step", outcome.spread, kept_bytes=outcome.kept_bytes, status=outcome.status, note=note
+        )
+    report.save()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Command line of the suite; returns the exit status."""
+    parser = options.parser("step", __doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", metavar="NAME", help="networks (default: MobileNetV2 and V3-Large)")
+    parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="bf16: autocast (default fp32)")
+    given = parser.parse_args(argv)
+    wrong = options.resolve(given)
+    known = variants(given.device)
+    if wrong is None and given.variants and set(given.variants) - set(known):
+        wrong = f"--variants: known for a step here are {', '.join(known)}"
+    if wrong is not None:
+        return options.refuse(wrong)
+    report = Report("step", given.device, options.settings(given), given.json)
+    used_up = budget(given.budget)
+    for model in given.model:
+        for dtype in given.dtype:
+            case = f"{model} batch {given.batch}, {given.size} px, {dtype}"
+            if given.filter in case:
+                jobs = {
+                    name: Job(name, model, given.batch, given.size, given.device, dtype, torch.get_num_threads())
+                    for name in options.chosen(given, known)
+                }
+                run_case(report, case, jobs, given, used_up)
+    if not report.rows:
+        return options.refuse("nothing to measure: no case and variant is left by --filter and --variants")
+    return report.finish()
