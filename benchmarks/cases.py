@@ -48,17 +48,17 @@ class Case:
     variants: dict[str, Variant] = field(default_factory=dict)
 
 
-def _backend(name: str, ops: Sequence[str]) -> Callable[[], contextlib.AbstractContextManager]:
+def backend_context(name: str, ops: Sequence[str]) -> Callable[[], contextlib.AbstractContextManager]:
     return lambda: pk.use_backend(name, ops)
 
 
 def _ours(case: Case, ops: Sequence[str], forward: Forward, leaves: Sequence[Tensor], gate: Gate, device: str) -> None:
     """auto, every backend that can serve the first of `ops`, and the reference in eager mode and compiled."""
-    case.variants["auto"] = Variant(forward, leaves, _backend("auto", pk.dispatch.OPS), gate)
+    case.variants["auto"] = Variant(forward, leaves, backend_context("auto", pk.dispatch.OPS), gate)
     for backend in registry.backends(ops[0], device, case.dtype):
         served = [op for op in ops if backend in registry.backends(op, device, case.dtype)]
-        case.variants[backend] = Variant(forward, leaves, _backend(backend, served), gate)
-    reference = _backend("reference", pk.dispatch.OPS)
+        case.variants[backend] = Variant(forward, leaves, backend_context(backend, served), gate)
+    reference = backend_context("reference", pk.dispatch.OPS)
     case.variants["reference-eager"] = Variant(forward, leaves, reference, gate)
     compiled = torch.compile(forward, dynamic=False)
     case.variants["reference-compile"] = Variant(compiled, leaves, reference, gate, compiled=True)
@@ -69,13 +69,13 @@ def _float(case: Case, forward: Forward, leaves: Sequence[Tensor]) -> None:
     case.variants["float-compile"] = Variant(torch.compile(forward, dynamic=False), leaves, compiled=True)
 
 
-def _raw(value: float, device: str, numel: int = 1) -> Tensor:
+def raw_interval(value: float, device: str, numel: int = 1) -> Tensor:
     """A raw interval or scale whose softplus is `value`."""
     raw = inverse_softplus(torch.full((numel,), value, dtype=torch.float64)).float()
     return raw.to(device).requires_grad_()
 
 
-def _random(shape: Sequence[int], dtype: torch.dtype, device: str, std: float = 1.0) -> Tensor:
+def random_data(shape: Sequence[int], dtype: torch.dtype, device: str, std: float = 1.0) -> Tensor:
     """Normal data; four dimensions come in channels_last."""
     data = torch.randn(tuple(shape), device=device, dtype=torch.float32).mul_(std).to(dtype)
     return data.to(memory_format=torch.channels_last) if data.dim() == 4 else data
@@ -84,11 +84,11 @@ def _random(shape: Sequence[int], dtype: torch.dtype, device: str, std: float = 
 def duq(shape: Sequence[int], kind: str, dtype: torch.dtype, device: str) -> Case:
     """DuQ with its activation on one tensor: read x, write y; then read g and x, write gx."""
     signed, offset, activation = KINDS[kind]
-    x = _random(shape, dtype, device, 2.0).requires_grad_()
-    a, c = _raw(3.0, device), _raw(3.0, device)
+    x = random_data(shape, dtype, device, 2.0).requires_grad_()
+    a, c = raw_interval(3.0, device), raw_interval(3.0, device)
     settings = {"bits": BITS, "signed": signed, "offset": offset, "activation": activation}
     size = "x".join(map(str, shape))
-    grad = _random(shape, dtype, device)
+    grad = random_data(shape, dtype, device)
     name = f"duq {kind} {size} {str(dtype).removeprefix('torch.')}"
     moved = {"forward": 2, "backward": 3, "forward+backward": 5}
     case = Case(name, x.numel(), dtype, moved, [grad], [a, c])
@@ -121,9 +121,9 @@ def duq(shape: Sequence[int], kind: str, dtype: torch.dtype, device: str) -> Cas
 def weights(net: str, px: int, device: str) -> Case:
     """All convolution weights of a network: in one call, and layer by layer."""
     shapes = registry.weight_shapes(net, px)
-    ws = [_random(shape, torch.float32, device, 0.1).requires_grad_() for shape in shapes]
-    a, c = ([_raw(0.3, device) for _ in ws] for _ in range(2))
-    grads = [_random(shape, torch.float32, device) for shape in shapes]
+    ws = [random_data(shape, torch.float32, device, 0.1).requires_grad_() for shape in shapes]
+    a, c = ([raw_interval(0.3, device) for _ in ws] for _ in range(2))
+    grads = [random_data(shape, torch.float32, device) for shape in shapes]
     leaves = [*ws, *a, *c]
     numel = sum(w.numel() for w in ws)
     moved = {"forward": 2, "backward": 3, "forward+backward": 5}
@@ -144,17 +144,17 @@ def weights(net: str, px: int, device: str) -> Case:
 
     ops = ["duq_weights", "duq"] if "duq_weights" in pk.dispatch.OPS else ["duq"]
     _ours(case, ops, together, leaves, gate, device)
-    case.variants["auto, layer by layer"] = Variant(one_by_one, leaves, _backend("auto", pk.dispatch.OPS), gate)
+    case.variants["auto, layer by layer"] = Variant(one_by_one, leaves, backend_context("auto", pk.dispatch.OPS), gate)
     return case
 
 
 def depthwise(layer: Layer, dtype: torch.dtype, device: str) -> Case:
     """Activation + DuQ + padding + depthwise convolution, the weight quantized too where the layer is large enough."""
-    x = _random(layer.shape, dtype, device, 2.0).requires_grad_()
+    x = random_data(layer.shape, dtype, device, 2.0).requires_grad_()
     w = (torch.randn(layer.weight_shape, device=device) * 0.3).requires_grad_()
     weight_bits = BITS if layer.shape[2] >= registry.MIN_HEIGHT_WITH_WEIGHTS else None
-    a, c, aw, cw = _raw(3.0, device), _raw(3.0, device), _raw(0.9, device), _raw(0.9, device)
-    grad = _random(layer.output_shape, dtype, device)
+    a, c, aw, cw = raw_interval(3.0, device), raw_interval(3.0, device), raw_interval(0.9, device), raw_interval(0.9, device)
+    grad = random_data(layer.output_shape, dtype, device)
     geometry = {"stride": layer.stride, "padding": layer.padding}
     settings = {"act_bits": BITS, "weight_bits": weight_bits, "signed": layer.signed, "offset": layer.offset}
     settings |= {"activation": layer.activation, "pad_value": layer.pad_value}

@@ -10,12 +10,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from profit_kernels import dispatch
+
 from . import options
 from .cases import Case, Variant, makers
 from .process import WrongResult
 from .rows import FAILED, SKIPPED, Report
 from .timing import Call, Spread, budget, clock_for, copies, copy_call, interleaved, kept_bytes, why_no_compile
 
+VARIANTS = (
+    "auto", "reference-eager", "reference-compile", "float-eager", "float-compile", "torch-learnable", "auto, layer by layer",
+)  # fmt: skip
 DIRECTIONS = ("forward", "backward", "forward+backward")
 
 
@@ -111,7 +116,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--turn", type=float, default=0.05, metavar="SECONDS", help="length of a turn (default 0.05)")
     given = parser.parse_args(argv)
     given.dtype = given.dtype or (["fp32", "bf16"] if not given.toy else ["fp32"])
-    wrong = options.resolve(given)
+    known = [*(name for name in VARIANTS), *dispatch.BACKENDS[1:]]
+    wrong = options.resolve(given) or options.unknown_variants(given, known)
     if wrong is not None:
         return options.refuse(wrong)
     torch.manual_seed(0)

@@ -15,7 +15,8 @@ TOY_MODEL = "mobilenetv2_050"
 
 
 def parser(suite: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the common options: --json, --device, --batch, --size, --filter, --rounds, --budget, --toy."""
+    """A parser with the common options: --json, --device, --batch, --size, --filter, --rounds, --budget,
+    --threads, --toy."""
     made = argparse.ArgumentParser(prog=f"python -m benchmarks {suite}", description=description)
     made.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
     made.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
@@ -25,8 +26,15 @@ def parser(suite: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("--variants", nargs="+", metavar="NAME", help="only these variants")
     made.add_argument("--rounds", type=positive, default=7, help="turns of every variant (default 7)")
     made.add_argument("--budget", type=float, metavar="SECONDS", help="begin no further case after that time")
+    made.add_argument("--threads", type=positive, help="of torch on the CPU (default: torch's own choice; --toy: 1)")
     made.add_argument("--toy", action="store_true", help="tiny shapes and one turn, to see that it runs")
     return made
+
+
+def add_model(made: argparse.ArgumentParser) -> None:
+    """--model and --dtype of the suites that measure whole networks."""
+    made.add_argument("--model", nargs="+", metavar="NAME", help="networks (default: MobileNetV2 and V3-Large)")
+    made.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), default=["fp32"], help="bf16: autocast (default fp32)")
 
 
 def positive(text: str) -> int:
@@ -45,13 +53,14 @@ def resolve(options: argparse.Namespace) -> str | None:
         return "--device cuda: torch finds no CUDA GPU here"
     small = options.device == "cpu"
     if options.toy:
-        options.rounds = 1
-        options.batch, options.size = options.batch or 2, options.size or 32
+        options.rounds, options.threads = 1, options.threads or 1
+        options.batch, options.size = options.batch or 8, options.size or 32
     options.batch = options.batch or (16 if small else 256)
     options.size = options.size or (128 if small else 224)
-    models = getattr(options, "model", None)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if hasattr(options, "model"):
-        options.model = models or ([TOY_MODEL] if options.toy else list(registry.NETS))
+        options.model = options.model or ([TOY_MODEL] if options.toy else list(registry.NETS))
         wrong = next(filter(None, map(nets.check_name, options.model)), None)
         if wrong is not None:
             return wrong
@@ -63,6 +72,12 @@ def chosen(options: argparse.Namespace, variants: list[str]) -> list[str]:
     if options.variants is not None:
         return [name for name in variants if name in options.variants]
     return [name for name in variants if not (options.toy and name.endswith("-compile"))]
+
+
+def unknown_variants(options: argparse.Namespace, known: list[str]) -> str | None:
+    """What is wrong with --variants, in one line, or None."""
+    strange = [name for name in options.variants or () if name not in known]
+    return f"--variants: {strange[0]!r} is not one of {', '.join(dict.fromkeys(known))}" if strange else None
 
 
 def settings(options: argparse.Namespace) -> dict[str, object]:

@@ -119,7 +119,7 @@ class _Lost(Exception):
 
 def measure(
     prepare: Callable[[Any], Prepared], jobs: Mapping[str, Any], *, rounds: int, turn_s: float, most: int = 20,
-    timeout_s: float = 600.0, say: Callable[[str], None] = lambda text: None, used_up: Callable[[], bool] = lambda: False,
+    timeout_s: float = 1800.0, say: Callable[[str], None] = lambda text: None, used_up: Callable[[], bool] = lambda: False,
 ) -> dict[str, Outcome]:  # fmt: skip
     """Time `prepare(job)` of every job in turn, `rounds` turns of `turn_s` seconds (at most `most` calls) each.
 

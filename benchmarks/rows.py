@@ -116,7 +116,8 @@ class Report:
         if self.path is not None:
             print(f"\nwrote {self.path}")
         if self.failed:
-            print(f"error: {self.failed} of {len(self.rows)} rows have no figure because they failed; see the table", file=sys.stderr)
+            message = f"error: {self.failed} of {len(self.rows)} rows have no figure because they failed; see the table"
+            print(message, file=sys.stderr)
         return 1 if self.failed else 0
 
 

@@ -205,6 +205,10 @@ def backends_used(job: Job) -> str:
     return ", ".join(served) if VARIANTS.get(job.variant, (True,))[0] else "full precision"
 
 
+def case_name(model: str, given: Any, dtype: str) -> str:
+    return f"{model} batch {given.batch}, {given.size} px, {dtype}"
+
+
 def run_case(
     report: Report, case: str, jobs: dict[str, Any], given: Any, used_up: Callable[[], bool], prepare_job: Any = prepare
 ) -> None:
@@ -225,20 +229,18 @@ def run_case(
 def main(argv: Sequence[str]) -> int:
     """Command line of the suite; returns the exit status."""
     parser = options.parser("step", __doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", metavar="NAME", help="networks (default: MobileNetV2 and V3-Large)")
-    parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32"], help="bf16: autocast (default fp32)")
+    options.add_model(parser)
     given = parser.parse_args(argv)
     wrong = options.resolve(given)
     known = variants(given.device)
-    if wrong is None and given.variants and set(given.variants) - set(known):
-        wrong = f"--variants: known for a step here are {', '.join(known)}"
+    wrong = wrong or options.unknown_variants(given, known)
     if wrong is not None:
         return options.refuse(wrong)
     report = Report("step", given.device, options.settings(given), given.json)
     used_up = budget(given.budget)
     for model in given.model:
         for dtype in given.dtype:
-            case = f"{model} batch {given.batch}, {given.size} px, {dtype}"
+            case = case_name(model, given, dtype)
             if given.filter in case:
                 jobs = {
                     name: Job(name, model, given.batch, given.size, given.device, dtype, torch.get_num_threads())
