@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from .process import WrongResult
 from .registry import Layer
 from .rows import FAILED, Report
 from .step import Job, case_name, run_case
-from .timing import Call, budget, clock_for, copies, copy_call, interleaved
+from .timing import Budget, Call, clock_for, copies, copy_call, interleaved
 
 # variant -> (variant of the step, mode of the monitor or None)
 STEPS = {
@@ -104,15 +104,15 @@ def step_cases(given) -> Iterator[tuple[str, dict[str, Job]]]:
             yield case_name(model, given, dtype), jobs
 
 
-def run(given, report: Report, used_up: Callable[[], bool]) -> None:
+def run(given, report: Report, budget: Budget) -> None:
     """Every case that --filter and --group leave, until the time is used up."""
     if "step" in given.group:
         for name, jobs in step_cases(given):
             if given.filter in name and jobs:
-                run_case(report, name, jobs, given, used_up)
+                run_case(report, name, jobs, given, budget)
     if "layers" in given.group:
         for name, layer, dtype in layer_cases(given):
-            if used_up():
+            if budget.used_up():
                 report.add("aiwq, further layers", "all", "forward", status="skipped", note="no time left")
                 break
             if given.filter in name:
@@ -132,5 +132,5 @@ def main(argv: Sequence[str]) -> int:
         return options.refuse(wrong)
     torch.manual_seed(0)
     report = Report("aiwq", given.device, options.settings(given), given.json)
-    run(given, report, budget(given.budget))
+    run(given, report, Budget(given.budget))
     return report.finish()

@@ -16,7 +16,7 @@ from . import options
 from .cases import Case, Variant, makers
 from .process import WrongResult
 from .rows import FAILED, SKIPPED, Report
-from .timing import Call, Spread, budget, clock_for, copies, copy_call, interleaved, kept_bytes, why_no_compile
+from .timing import Budget, Call, Spread, clock_for, copies, copy_call, interleaved, kept_bytes, why_no_compile
 
 VARIANTS = (
     "auto", "reference-eager", "reference-compile", "float-eager", "float-compile", "torch-learnable", "auto, layer by layer",
@@ -94,9 +94,9 @@ def bandwidth(case: Case, spread: Spread) -> str:
 
 def run(given, report: Report, build: Callable = makers) -> None:
     """Every case that --filter leaves, until the time is used up."""
-    used_up = budget(given.budget)
+    budget = Budget(given.budget)
     for group, make in build(given.batch, given.size, given.device, given.dtype, given.toy):
-        if used_up():
+        if budget.used_up():
             report.add(f"{group}, further cases", "all", "all", status=SKIPPED, note="no time left")
             break
         if given.group and group not in given.group:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .timing import Call, Spread, clock_for, kept_bytes, turn
+from .timing import Budget, Call, Spread, clock_for, kept_bytes, turn
 
 
 class Unavailable(Exception):
@@ -49,6 +49,7 @@ def _serve(connection: Connection, prepare: Callable[[Any], Prepared], job: Any)
         return
     clock = clock_for(prepared.device)
     turn(prepared.call, clock, 0.0, 1)
+    release(prepared.device)
     connection.send(("ok", prepared.facts))
     while True:
         try:
@@ -61,12 +62,17 @@ def _serve(connection: Connection, prepare: Callable[[Any], Prepared], job: Any)
             turn(prepared.call, clock, 0.0, 1)  # brings back this variant's data
             connection.send(turn(prepared.call, clock, *arguments))
             gc.enable()
-            if prepared.device.startswith("cuda"):
-                torch.cuda.empty_cache()  # the next variant may need all the memory
+            release(prepared.device)
         else:
             with prepared.call.context():
                 count = None if prepared.forward is None else kept_bytes(prepared.forward, prepared.parameters)
             connection.send(count)
+
+
+def release(device: str) -> None:
+    """Give cached memory of the GPU back: the next variant may need all of it."""
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 @dataclass
@@ -106,8 +112,8 @@ class _Child:
         return self.receive(timeout_s)
 
     def close(self) -> None:
-        self.connection.close()
-        self.process.join(5)
+        self.connection.close()  # a child that waits for a turn ends by this; one that compiles does not
+        self.process.join(2)
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
@@ -119,55 +125,67 @@ class _Lost(Exception):
 
 def measure(
     prepare: Callable[[Any], Prepared], jobs: Mapping[str, Any], *, rounds: int, turn_s: float, most: int = 20,
-    timeout_s: float = 1800.0, say: Callable[[str], None] = lambda text: None, used_up: Callable[[], bool] = lambda: False,
+    timeout_s: float = 1800.0, at_once: int = 1, say: Callable[[str], None] = lambda text: None,
+    budget: Budget | None = None,
 ) -> dict[str, Outcome]:  # fmt: skip
     """Time `prepare(job)` of every job in turn, `rounds` turns of `turn_s` seconds (at most `most` calls) each.
 
     Args:
         prepare: an importable function; runs in the child, may raise Unavailable or WrongResult.
-        jobs: variant -> what `prepare` takes; prepared one after the other.
+        jobs: variant -> what `prepare` takes.
         timeout_s: for a child to prepare, and for a turn.
-        used_up: whether the time for the suite is over; the variants not prepared by then are skipped, and no further
-            round begins after the first.
+        at_once: how many children prepare at the same time; none is timed meanwhile.
+        budget: variants not prepared when it ends are skipped, and no further round begins after the first.
     """
+    budget = budget or Budget(None)
     outcomes: dict[str, Outcome] = {}
-    children: dict[str, _Child] = {}
+    ready: dict[str, _Child] = {}
+    waiting: dict[str, _Child] = {}
     samples: dict[str, list[float]] = {}
+    queue = list(jobs)
     try:
-        for name, job in jobs.items():
-            if used_up():
+        for name in jobs:
+            while queue and len(waiting) < at_once and not budget.used_up():
+                waiting[queue[0]] = _Child(prepare, jobs[queue[0]])
+                queue.pop(0)
+            child = waiting.get(name)
+            if child is None:
                 outcomes[name] = Outcome("skipped", "no time left")
                 continue
-            child = _Child(prepare, job)
-            try:
-                status, content = child.receive(timeout_s)
-            except _Lost as reason:
-                status, content = "failed", str(reason)
-            if status == "ok":
-                children[name], samples[name] = child, []
-                outcomes[name] = Outcome(status, facts=content)
+            outcomes[name] = _prepared(child, timeout_s, budget)
+            waiting.pop(name)
+            if outcomes[name].status == "ok":
+                ready[name] = child
             else:
                 child.close()
-                outcomes[name] = Outcome(status, content)
-            say(f"{name}: {status}{'' if status == 'ok' else f' ({content})'}")
+            say(f"{name}: {outcomes[name].status}{outcomes[name].note and f' ({outcomes[name].note})'}")
         for done in range(rounds):
-            if done and used_up():
+            if done and budget.used_up():
                 break
-            for name, child in children.items():
-                if outcomes[name].status != "ok":
-                    continue
+            for name, child in list(ready.items()):
                 try:
-                    samples[name] += child.ask(timeout_s, "turn", turn_s, most)
+                    samples.setdefault(name, []).extend(child.ask(timeout_s, "turn", turn_s, most))
                 except _Lost as reason:
                     outcomes[name] = Outcome("failed", str(reason))
-        for name, child in children.items():
-            if outcomes[name].status == "ok":
-                try:
-                    outcomes[name].kept_bytes = child.ask(timeout_s, "kept")
-                    outcomes[name].spread = Spread.of(samples[name])
-                except _Lost as reason:
-                    outcomes[name] = Outcome("failed", str(reason))
+                    ready.pop(name).close()
+        for name, child in ready.items():
+            outcomes[name].spread = Spread.of(samples[name])
+            try:
+                outcomes[name].kept_bytes = child.ask(timeout_s, "kept")
+            except _Lost as reason:
+                outcomes[name] = Outcome("failed", str(reason))
     finally:
-        for child in children.values():
+        for child in (*ready.values(), *waiting.values()):
             child.close()
     return {name: outcomes[name] for name in jobs}
+
+
+def _prepared(child: _Child, timeout_s: float, budget: Budget) -> Outcome:
+    """Wait until a child is ready, or the time is over."""
+    left = max(budget.left(), 0.1)
+    try:
+        status, content = child.receive(min(timeout_s, left))
+    except _Lost as reason:
+        late = budget.used_up() and child.process.is_alive()
+        return Outcome("skipped", "not ready when the time was over") if late else Outcome("failed", str(reason))
+    return Outcome(status, facts=content) if status == "ok" else Outcome(status, content)

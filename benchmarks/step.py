@@ -23,7 +23,7 @@ from profit_kernels.dispatch import set_backend
 from . import nets, options
 from .process import Prepared, Unavailable, WrongResult, measure
 from .rows import Report
-from .timing import Call, budget, why_no_compile
+from .timing import Budget, Call, why_no_compile
 
 # Relative L2 distance of loss, logits and all gradients together from the eager reference's. One code that a rounding edge
 # flips moves whatever lies behind it, layer after layer, so this catches a wrong formula, not a wrong last bit: the
@@ -45,15 +45,15 @@ class Job:
     monitor: str | None = None
 
 
-# variant -> (converted, backend, torch.compile, CUDA graph)
+# variant -> (converted, backend, torch.compile, CUDA graph), in the order in which a short time is spent
 VARIANTS = {
     "auto": (True, "auto", False, False),
-    "auto-compile": (True, "auto", True, False),
-    "auto-graph": (True, "auto", False, True),
     "reference-eager": (True, "reference", False, False),
     "reference-compile": (True, "reference", True, False),
     "float-eager": (False, "reference", False, False),
     "float-compile": (False, "reference", True, False),
+    "auto-graph": (True, "auto", False, True),
+    "auto-compile": (True, "auto", True, False),
 }
 
 
@@ -210,12 +210,12 @@ def case_name(model: str, given: Any, dtype: str) -> str:
 
 
 def run_case(
-    report: Report, case: str, jobs: dict[str, Any], given: Any, used_up: Callable[[], bool], prepare_job: Any = prepare
+    report: Report, case: str, jobs: dict[str, Any], given: Any, budget: Budget, prepare_job: Any = prepare
 ) -> None:
     """Measure the variants of one case and add their rows."""
     outcomes = measure(
-        prepare_job, jobs, rounds=given.rounds, turn_s=0.0 if given.toy else 2.0, most=1 if given.toy else 10,
-        say=lambda text: print(f"{case}  {text}", flush=True), used_up=used_up,
+        prepare_job, jobs, rounds=given.rounds, turn_s=2.0 if given.device == "cpu" else 0.5, most=1 if given.toy else 10,
+        at_once=1 if given.device == "cpu" else 3, say=lambda text: print(f"{case}  {text}", flush=True), budget=budget,
     )  # fmt: skip
     for variant, outcome in outcomes.items():
         facts = outcome.facts
@@ -237,7 +237,7 @@ def main(argv: Sequence[str]) -> int:
     if wrong is not None:
         return options.refuse(wrong)
     report = Report("step", given.device, options.settings(given), given.json)
-    used_up = budget(given.budget)
+    budget = Budget(given.budget)
     for model in given.model:
         for dtype in given.dtype:
             case = case_name(model, given, dtype)
@@ -246,7 +246,7 @@ def main(argv: Sequence[str]) -> int:
                     name: Job(name, model, given.batch, given.size, given.device, dtype, torch.get_num_threads())
                     for name in options.chosen(given, known)
                 }
-                run_case(report, case, jobs, given, used_up)
+                run_case(report, case, jobs, given, budget)
     if not report.rows:
         return options.refuse("nothing to measure: no case and variant is left by --filter and --variants")
     return report.finish()

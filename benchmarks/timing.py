@@ -175,7 +175,14 @@ def copies(moved: Mapping[str, float], copy_s: float) -> dict[str, float]:
     return {direction: tensors / 2 * copy_s for direction, tensors in moved.items()}
 
 
-def budget(seconds: float | None) -> Callable[[], bool]:
-    """A function that says whether the time is used up; never without a limit."""
-    end = math.inf if seconds is None else time.monotonic() + seconds
-    return lambda: time.monotonic() > end
+class Budget:
+    """Time for a suite: how much is left, and whether none is. Without a limit it never ends."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end = math.inf if seconds is None else time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self._end - time.monotonic()
+
+    def used_up(self) -> bool:
+        return self.left() <= 0
