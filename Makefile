@@ -6,6 +6,7 @@ PYTHON ?= python3
 # Workers of the tests; one thread each, which is fastest and steadiest for so small tensors.
 JOBS ?= 2
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 
 # The stamp carries the name of this directory: one environment may serve several copies of the repository.
 STAMP_NAME := .profit-installed$(subst /,-,$(CURDIR))
@@ -30,7 +31,7 @@ PIP := PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip
 DEMO := runs/digits_w4a4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint build install clean
+.PHONY: help demo test test-all gpu lint build install clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -44,6 +45,10 @@ test: $(STAMP) ## the tests that are not marked slow
 
 test-all: $(STAMP) ## all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+# Installs nothing and needs no network: it runs with the environment above where it exists, else with the python3 there is.
+gpu: ## on a machine with a GPU: its tests and benchmarks, in 9 minutes; OUT=folder for the results
+	@"$(if $(wildcard $(PY)),$(PY),$(PYTHON))" -m benchmarks gpu $(GPU_ARGS)
 
 lint: $(STAMP) ## ruff, as configured in pyproject.toml
 	$(PY) -m ruff check .

@@ -96,7 +96,7 @@ def duq(shape: Sequence[int], kind: str, dtype: torch.dtype, device: str) -> Cas
     def gate(out, got, want_out, want) -> None:
         gates.codes(out[0], want_out[0], x, a, c, **settings)
         gates.relative_l2("the output", out[0], want_out[0], gates.RELATIVE[dtype])
-        gates.depthwise_gradients(("x", "a", "c"), got, want, grad)
+        gates.gradients(("x", "a", "c"), got, want, grad)
 
     _ours(case, ["duq"], lambda: [pk.duq_fake_quantize(x, a, c, **settings)], [x, a, c], gate, device)
     if activation != "none":
@@ -134,7 +134,7 @@ def weights(net: str, px: int, device: str) -> Case:
         for i in range(n):
             gates.codes(out[i], want_out[i], ws[i], a[i], c[i], bits=BITS, signed=True)
             triple = (i, n + i, 2 * n + i)
-            gates.depthwise_gradients(("w", "a", "c"), [got[j] for j in triple], [want[j] for j in triple], grads[i])
+            gates.gradients(("w", "a", "c"), [got[j] for j in triple], [want[j] for j in triple], grads[i])
 
     def together() -> list[Tensor]:
         return pk.duq_fake_quantize_weights(ws, a, c, bits=BITS)
@@ -169,7 +169,7 @@ def depthwise(layer: Layer, dtype: torch.dtype, device: str) -> Case:
 
     def gate(out, got, want_out, want) -> None:
         gates.relative_l2("the output", out[0], want_out[0], gates.RELATIVE[dtype])
-        gates.depthwise_gradients(names, got, want, grad)
+        gates.gradients(names, got, want, grad)
 
     intervals = (a, c, aw, cw) if weight_bits else (a, c, None, None)
     ops = ["duq_depthwise", "depthwise", "duq"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -69,10 +70,26 @@ def kl(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
         raise WrongResult(f"wrong result: {' '.join(str(error).split())}") from None
 
 
-def depthwise_gradients(names: Sequence[str], actual: Sequence[Tensor], expected: Sequence[Tensor], grad: Tensor) -> None:
-    """Gradients by name: those of intervals (`a...`, `c...`) by their sums, the others by relative L2."""
+def gradient(what: str, actual: Tensor, expected: Tensor, grad: Tensor, of_interval: bool) -> None:
+    """Raise WrongResult unless a gradient agrees: that of an interval by its sum, any other by relative L2."""
+    if of_interval:
+        interval(what, actual, expected, grad)
+    else:
+        relative_l2(what, actual, expected, RELATIVE[grad.dtype])
+
+
+def gradients(names: Sequence[str], actual: Sequence[Tensor], expected: Sequence[Tensor], grad: Tensor) -> None:
+    """Gradients by name; those of intervals are called `a...` and `c...`."""
     for name, got, want in zip(names, actual, expected, strict=True):
-        if name[0] in "ac":
-            interval(f"the gradient of {name}", got, want, grad)
-        else:
-            relative_l2(f"the gradient of {name}", got, want, RELATIVE[grad.dtype])
+        gradient(f"the gradient of {name}", got, want, grad, name[0] in "ac")
+
+
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """No TF32 while results are compared; what is timed keeps torch's default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

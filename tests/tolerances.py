@@ -50,9 +50,9 @@ PERCENTILE = 1e-3
 CALIBRATED = {"rtol": 1e-3, "atol": 0}
 # A 90% quantile of a uniform distribution on [0, 1] from a random part of 1e4 values: standard error 3e-3, five of them.
 SUBSAMPLED_QUANTILE = 0.015
-# The GPU against the reference there and in float64 on the CPU, relative L2. Sums in another order are 1e-6; a code that a rounding
-# edge flips moves one value of a thousand by a fifteenth (2e-3). In bfloat16 / float16 each value is rounded to 8 / 11 bits, and
-# the reference in float64 is not.
+# The GPU against the reference there and in float64 on the CPU, relative L2. Sums in another order are 1e-6; a code that a
+# rounding edge flips moves one value of a thousand by a fifteenth (2e-3). In bfloat16 / float16 each value is rounded to 8 / 11
+# bits, and the reference in float64 is not.
 DEVICE_L2 = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 6e-3}
 # Interval gradients, per root of the number of terms (about 1000): a flipped code moves one term of order 1 by a fifteenth,
 # 2e-3; half precision rounds the upstream gradient of a fused layer (seen: 2e-5, 6e-3, 1.3e-3).

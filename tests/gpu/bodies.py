@@ -1,7 +1,7 @@
 """What the GPU tests do, on any device: test_on_gpu.py runs it on CUDA, test_bodies.py a little of it on the CPU.
 
-Each operator is an entry of OPERATORS: from a generator to (tensors, function of them, differentiable or not). The function is the
-public entry with its settings; the same one computes the expectation, in float64 on the CPU by the reference.
+Each operator is an entry of OPERATORS: from a generator to (tensors, function of them, differentiable or not). The function is
+the public entry with its settings; the same one computes the expectation, in float64 on the CPU by the reference.
 """
 
 from __future__ import annotations

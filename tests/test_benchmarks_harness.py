@@ -1,0 +1,377 @@
+"""The benchmark harness: how it times and counts, what it refuses, and that every suite runs at toy size."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import cases, gates, launches, nets, options, process, registry, step, timing
+from benchmarks.__main__ import main
+from benchmarks.ops import run_case
+from benchmarks.process import WrongResult, measure
+from benchmarks.rows import FAILED, SKIPPED, Report, Row, table
+from benchmarks.timing import Budget, Call, Spread
+from profit_kernels import dispatch
+from profit_kernels.ops.duq import cpp
+from tests.benchmark_jobs import prepare
+from tests.tolerances import CONV
+
+ROW_KEYS = set("suite case variant direction median_s p20_s p80_s floor_s kept_bytes device versions commit".split())
+
+
+@pytest.fixture
+def given():
+    """Options of a toy run."""
+    made = options.parser("ops", "").parse_args(["--toy", "--device", "cpu"])
+    made.turn = 0.0
+    before = torch.get_num_threads()
+    assert options.resolve(made) is None
+    yield made
+    torch.set_num_threads(before)
+
+
+# How time and memory are measured
+
+
+def test_spread_is_median_and_fifths():
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
+    found = Spread.of(range(101))
+    assert (found.median, found.p20, found.p80) == (50, 20, 80)
+
+
+def test_variants_take_turns_in_their_context():
+    log = []
+
+    def call(name):
+        class Context:
+            def __enter__(self):
+                log.append(f"+{name}")
+
+            def __exit__(self, *_):
+                log.append(f"-{name}")
+
+        return Call(lambda state: log.append(f"{name}{state}"), setup=lambda: 7, context=Context)
+
+    found = timing.interleaved({"a": call("a"), "b": call("b")}, timing.CpuClock(), rounds=2, turn_s=0.0, most=1)
+    assert set(found) == {"a", "b"} and all(spread.median >= 0 for spread in found.values())
+    assert log[:6] == ["+a", "a7", "-a", "+b", "b7", "-b"]  # warm-up
+    timed = [entry for entry in log[6:] if entry[0] == "+"]
+    assert timed == ["+a", "+a", "+b", "+b"] * 2  # an untimed call in front of every turn
+
+
+def test_setup_and_the_release_of_the_result_are_not_timed():
+    slow = Call(lambda state: time.sleep(0.01), setup=lambda: time.sleep(0.1))
+    assert 0.01 <= timing.CpuClock()(slow) < 0.1
+
+
+def test_kept_bytes_counts_each_storage_once_and_no_parameter():
+    x, w = torch.randn(8, 4, requires_grad=True), torch.randn(4, 4, requires_grad=True)
+
+    def forward():
+        y = x @ w  # keeps x and w
+        return y.exp() * y.exp()[:2].sum()  # keeps both exp, one of them also as a slice, and a scalar
+
+    alone = timing.kept_bytes(lambda: (x * 2).exp(), [w])
+    assert alone == 8 * 4 * 4
+    kept = timing.kept_bytes(forward, [w])
+    assert kept == x.nbytes + 2 * 8 * 4 * 4 + 4
+    assert timing.kept_bytes(forward, [w, x]) == kept - x.nbytes
+
+
+def test_a_floor_is_the_bytes_in_copies():
+    assert timing.copies({"forward": 2, "backward": 3}, 0.5) == {"forward": 0.5, "backward": 0.75}
+
+
+def test_the_allocator_is_tuned_unless_the_user_chose(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    assert "untuned" in timing.allocator()
+    assert "glibc.malloc.mmap_max=0" in timing.tuned_environment()["GLIBC_TUNABLES"]
+    monkeypatch.setenv("LD_PRELOAD", "libjemalloc.so")
+    assert "GLIBC_TUNABLES" not in timing.tuned_environment() and timing.allocator() == "LD_PRELOAD=libjemalloc.so"
+
+
+def test_compilation_needs_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "'no-such-compiler' is not on the PATH" in timing.why_no_compile("cpu")
+
+
+# Processes
+
+
+def test_each_variant_lives_in_a_process_and_costs_only_itself(capfd):
+    said = []
+    jobs = {name: name for name in ("good", "absent", "wrong", "dies", "better")}
+    found = measure(prepare, jobs, rounds=2, turn_s=0.0, most=1, at_once=2, say=said.append)
+    assert list(found) == list(jobs)
+    assert {name: outcome.status for name, outcome in found.items()} == {
+        "good": "ok", "absent": "skipped", "wrong": "failed", "dies": "failed", "better": "ok",
+    }  # fmt: skip
+    assert found["absent"].note == "it needs a unicorn" and "ended with status 3" in found["dies"].note
+    assert found["good"].spread.median > 0 and found["good"].kept_bytes == 40
+    assert found["wrong"].spread is None and "wrong: failed (wrong result: 7 instead of 8)" in said
+
+
+def test_a_budget_ends_the_waiting():
+    found = measure(prepare, {"slow": "slow", "good": "good"}, rounds=1, turn_s=0.0, budget=Budget(8.0))
+    assert found["slow"].status == "skipped" and "not ready" in found["slow"].note
+    assert found["good"].note == "no time left"
+    assert not Budget(None).used_up() and Budget(-1.0).used_up() and Budget(None).left() == math.inf
+
+
+# What is measured
+
+
+@pytest.mark.parametrize("net", nets.PLAIN)
+def test_the_plain_networks_have_the_layers_of_timm(net):
+    pytest.importorskip("timm")
+
+    def shapes():
+        registry.layers.cache_clear()
+        return [(x.shape, x.weight_shape, x.stride, x.padding, x.offset, x.activation) for x in registry.layers(net, 64, 2)]
+
+    with mock.patch.object(nets, "has_timm", lambda: False):
+        ours = shapes()
+    assert ours == shapes() and ours
+
+
+def test_layers_as_they_run():
+    found = registry.layers("mobilenetv2_100", 224, 256)
+    assert len(found) == 51 and sum(layer.depthwise for layer in found) == 17
+    first = next(layer for layer in found if layer.depthwise)
+    assert first.shape == (256, 32, 112, 112) and first.output_shape == first.shape and first.activation == "relu6"
+    assert all(layer.kernel in (3, 5) for layer in registry.depthwise_layers(224, 256))
+    assert all(layer.pointwise and not layer.depthwise for layer in registry.pointwise_layers(224, 256))
+    labels = [layer.label for layer in registry.depthwise_layers(224, 256)]
+    assert len(labels) == len(set(labels)) == 22
+    for layer in registry.depthwise_layers(32, 1):
+        y = F.conv2d(F.pad(torch.empty(layer.shape), layer.padding), torch.empty(layer.weight_shape), None, layer.stride,
+                     groups=layer.groups)  # fmt: skip
+        assert y.shape == layer.output_shape
+        break
+
+
+def test_without_timm_other_networks_are_refused():
+    with mock.patch.object(nets, "has_timm", lambda: False):
+        assert "without timm" in nets.check_name("resnet18")
+        assert nets.create("mobilenetv2_050")(torch.randn(2, 3, 32, 32)).shape == (2, 1000)
+    with pytest.raises(ValueError, match="'resnet1800' is not a model of timm"):
+        nets.create("resnet1800")
+
+
+def test_every_operator_has_a_folder_and_a_case(given):
+    assert {op for ops in registry.OPS.values() for op in ops} == set(dispatch.OPS)
+
+
+# No figure for a wrong result
+
+
+def broken_case(given) -> cases.Case:
+    case = cases.duq((2, 8, 5, 5), "hardswish", torch.float32, "cpu")
+    right = case.variants["auto"]
+    wrong = cases.Variant(lambda: [1.01 * y for y in right.forward()], right.leaves, right.context, right.gate)
+    case.variants = {"auto": wrong} | {name: v for name, v in case.variants.items() if name in ("cpp", "reference-eager")}
+    return case
+
+
+def test_a_wrong_result_gets_no_figure(given, capsys, tmp_path):
+    report = Report("ops", "cpu", {}, tmp_path / "rows.json")
+    run_case(broken_case(given), given, report)
+    (wrong,) = [row for row in report.rows if row.variant == "auto"]
+    assert wrong.status == FAILED and wrong.median_s is None and "beyond the contract" in wrong.note
+    assert all(row.median_s for row in report.rows if row.variant != "auto")
+    assert report.finish() == 1
+    printed = capsys.readouterr()
+    assert "failed: wrong result" in printed.out and "1 of " in printed.err
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"][0]["status"] == FAILED
+
+
+def test_the_gates_see_small_errors(rng):
+    grad = torch.randn(1000, generator=rng)
+    gates.relative_l2("y", grad * 1.0001, grad, gates.RELATIVE[torch.float32])
+    for wrong in (grad * 1.01, grad + torch.nan, grad[:10], grad.double()):
+        with pytest.raises(WrongResult):
+            gates.relative_l2("y", wrong, grad, gates.RELATIVE[torch.float32])
+    with pytest.raises(WrongResult, match="gradient of a"):
+        gates.interval("the gradient of a", torch.tensor([9.0]), torch.tensor([1.0]), grad)
+    with pytest.raises(WrongResult, match="steps"):
+        gates.one_step(torch.tensor([1.0]), torch.tensor([0.0]), torch.zeros(1), 4, False)
+    with pytest.raises(WrongResult, match="Tensor-likes"):
+        gates.kl(torch.tensor([0.1]), torch.tensor([0.2]), torch.float32)
+
+
+def test_a_wrong_step_is_seen(monkeypatch):
+    job = step.Job("auto", options.TOY_MODEL, 8, 32, "cpu", "fp32", 1)
+    images, labels = step.example(job)
+    model = step.build(job, images)
+    with step.backend_for("auto", "cpu"):
+        compared = step.check(job, model, model, images, labels)
+        assert "53 layers compared" in compared
+        with pytest.raises(WrongResult, match="loss .* in the eager reference"):
+            step.check(job, model, lambda x: model(x) * 2, images, labels)
+
+
+def test_a_wrong_layer_is_seen(monkeypatch):
+    """An operator that is right by the reference and a hundredth off by C++ in its gradient."""
+    job = step.Job("auto", options.TOY_MODEL, 8, 32, "cpu", "fp32", 1)
+    images, labels = step.example(job)
+    model = step.build(job, images)
+    right = cpp.backward
+    monkeypatch.setattr(cpp, "backward", lambda g, *rest: (1.01 * right(g, *rest)[0], *right(g, *rest)[1:]))
+    if dispatch.why_not("duq", "cpp", "cpu", torch.float32):
+        pytest.skip(dispatch.why_not("duq", "cpp", "cpu", torch.float32))
+    with step.backend_for("auto", "cpu"), pytest.raises(WrongResult, match="the gradient of .* from the reference"):
+        step.check(job, model, model, images, labels)
+
+
+# Rows
+
+
+def test_rows_have_the_agreed_keys_and_a_table():
+    report = Report("ops", "cpu", {"toy": True})
+    report.add("case", "auto", "forward", Spread(1e-3, 0.9e-3, 1.1e-3), floor_s=5e-4, kept_bytes=2_000_000)
+    report.add("case", "reference-eager", "forward", Spread(3e-3, 3e-3, 3e-3))
+    report.add("case", "cuda", "forward", status=SKIPPED, note="no kernels")
+    content = report.to_dict()
+    assert set(content["rows"][0]) == ROW_KEYS | {"status", "note"}
+    assert Row(**content["rows"][0]) == report.rows[0]
+    assert {"allocator", "threads", "command", "created", "device", "versions", "commit"} <= set(content)
+    lines = table(report.rows).splitlines()
+    assert lines[1] == "case" and lines[2].split() == ["auto", "forward", "1", "0.9", "1.1", "0.5", "2.00", "1.00", "2.0"]
+    assert lines[3].split()[-1] == "3.00" and lines[4].endswith("skipped: no kernels")
+
+
+# Command lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step", "--model", "mobilenetv9"], "'mobilenetv9' is not a model of timm"),
+        (["step", "--variants", "fast"], "'fast' is not one of auto"),
+        (["ops", "--device", "cuda"], "torch finds no CUDA GPU"),
+        (["ops", "--toy", "--filter", "nothing of that name", "--group", "weights"], "nothing to measure"),
+        (["aiwq", "--variants", "fast"], "'fast' is not one of"),
+        (["launches", "--variants", "cpp"], "'cpp' is not one of"),
+        (["gpu", "--only", "tea", "--device", "cpu"], "no stage 'tea'"),
+    ],
+)
+def test_wrong_arguments_are_one_line(monkeypatch, capsys, arguments, message):
+    if torch.cuda.is_available() and "cuda" in arguments:
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("PROFIT_BENCHMARK_STARTED", "1")  # in this process
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--batch", "-1"], ["--size", "x"], ["--dtype", "int4"]])
+def test_wrong_values_exit_with_2(monkeypatch, capsys, arguments):
+    monkeypatch.setenv("PROFIT_BENCHMARK_STARTED", "1")
+    with pytest.raises(SystemExit) as stop:
+        main(["step", *arguments])
+    assert stop.value.code == 2 and "error: argument" in capsys.readouterr().err
+
+
+# The suites at toy size
+
+
+def variants(path, suite) -> dict[str, set[str]]:
+    content = json.loads(path.read_text())
+    assert content["suite"] == suite and "mmap_max=0" in content["allocator"]
+    found: dict[str, set[str]] = {}
+    for row in content["rows"]:
+        found.setdefault(row["case"], set()).add(row["variant"])
+        assert row["status"] == "ok", row
+    return found
+
+
+def test_ops_at_toy_size(tmp_path, capfd):
+    path = tmp_path / "ops.json"
+    assert main(["ops", "--toy", "--json", str(path), "--device", "cpu"]) == 0
+    found = variants(path, "ops")
+    assert {case.split()[0] for case in found} == {"duq", "weights", "depthwise"}
+    assert all({"auto", "reference-eager", "copy"} <= names for names in found.values())
+    assert "torch-learnable" in next(names for case, names in found.items() if case.startswith("duq hardswish"))
+    assert "allocator: GLIBC_TUNABLES" in capfd.readouterr().out
+
+
+def test_ops_on_triton_under_the_interpreter(monkeypatch, tmp_path, given):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    case = cases.duq((1, 8, 4, 4), "hardswish", torch.float32, "cpu")
+    given.variants = ["triton", "reference-eager"]
+    report = Report("ops", "cpu", {})
+    run_case(case, given, report)
+    assert {row.variant for row in report.rows} == {"triton", "reference-eager", "copy"} and report.failed == 0
+
+
+def test_step_at_toy_size(tmp_path, capfd):
+    path = tmp_path / "step.json"
+    asked = ["auto", "reference-eager", "float-eager"]
+    assert main(["step", "--toy", "--device", "cpu", "--json", str(path), "--variants", *asked]) == 0
+    (names,) = variants(path, "step").values()
+    assert names == set(asked)
+    rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows["reference-eager"]["kept_bytes"] > rows["float-eager"]["kept_bytes"] > 0
+
+
+def test_aiwq_at_toy_size(tmp_path, capfd):
+    path = tmp_path / "aiwq.json"
+    asked = ["auto", "auto-aiwq", "conv-kl", "reference-eager"]
+    assert main(["aiwq", "--toy", "--device", "cpu", "--json", str(path), "--variants", *asked]) == 0
+    found = variants(path, "aiwq")
+    assert {"auto", "auto-aiwq", "reference-eager"} in found.values()
+    assert {"auto", "conv-kl", "reference-eager", "copy"} in found.values()
+
+
+@pytest.mark.slow
+def test_a_compiled_operator(given):
+    case = cases.duq((2, 8, 5, 5), "hardswish", torch.float32, "cpu")
+    given.variants = ["reference-eager", "reference-compile", "float-compile"]
+    report = Report("ops", "cpu", {})
+    run_case(case, given, report)
+    assert report.failed == 0 and {row.variant for row in report.rows} == {*given.variants, "copy"}
+
+
+# Launches
+
+
+def test_launches_are_counted_by_phase(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    path = tmp_path / "launches.json"
+    assert main(["launches", "--toy", "--json", str(path)]) == 0
+    rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["float-eager", "reference-eager", "triton"]
+    # MobileNetV2: 52 convolutions; every weight is quantized, and every input but the image.
+    assert rows["float-eager"]["by_name"]["forward"]["torch"]["convolution"] == 52
+    assert rows["float-eager"]["total"] < rows["triton"]["total"] < rows["reference-eager"]["total"]
+    assert rows["float-eager"]["triton"] == rows["reference-eager"]["triton"] == 0
+    assert rows["triton"]["by_name"]["forward"]["triton"] and rows["triton"]["by_name"]["backward"]["triton"]
+    assert "mobilenetv2_050" in capsys.readouterr().out
+
+
+def test_a_view_is_no_launch_and_a_border_is_two():
+    counts = launches.Counts(phase="forward")
+    with launches._Counting(counts):
+        x = torch.empty(2, 3, 4, 4)
+        F.pad(x.transpose(2, 3)[1:], (1, 1, 1, 1), value=-0.375).view(-1).add_(1)
+    assert dict(counts.torch["forward"]) == {"constant_pad_nd": 2, "add_": 1}
+    assert counts.totals() == {"forward": 3, "backward": 0, "optimizer": 0}
+
+
+def test_process_close_kills_what_hangs():
+    child = process._Child(prepare, "slow")
+    child.close()
+    assert not child.process.is_alive()
+
+
+def test_convolution_gate_is_not_tighter_than_sums_in_another_order():
+    assert gates.RELATIVE[torch.float32] > CONV["rtol"]
