@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .digits import processor
 from .timing import Spread, allocator
 
 SCHEMA = 1
+TIMES = ("median_s", "p20_s", "p80_s", "min_s")  # as in timing.Spread
 OK, SKIPPED, FAILED = "ok", "skipped", "failed"
 
 
@@ -40,6 +41,7 @@ class Row:
     median_s: float | None = None
     p20_s: float | None = None
     p80_s: float | None = None
+    min_s: float | None = None
     floor_s: float | None = None
     kept_bytes: int | None = None
     status: str = OK
@@ -66,7 +68,7 @@ class Report:
         kept_bytes: int | None = None, status: str = OK, note: str = "",
     ) -> None:  # fmt: skip
         """Append a row; without a spread it needs a status and a note that says why."""
-        times = {} if spread is None else {"median_s": spread.median, "p20_s": spread.p20, "p80_s": spread.p80}
+        times = dict(zip(TIMES, astuple(spread), strict=True)) if spread is not None else {}
         place = (self.suite, case, variant, direction, self._device_name, self.version_text, self._commit)
         self.rows.append(Row(*place, **times, floor_s=floor_s, kept_bytes=kept_bytes, status=status, note=note))
 
@@ -133,7 +135,7 @@ def _milliseconds(seconds: float | None) -> str:
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text, case by case; `x auto`: time relative to the variant auto of that case and direction."""
     base = {(row.case, row.direction): row.median_s for row in rows if row.variant == "auto" and row.median_s}
-    head = ("variant", "direction", "ms", "p20", "p80", "floor", "x floor", "x auto", "kept MB", "")
+    head = ("variant", "direction", "ms", "p20", "p80", "min", "floor", "x floor", "x auto", "kept MB", "")
     cells: list[tuple[str, ...] | str] = [head]
     case = None
     for row in rows:
@@ -144,7 +146,7 @@ def table(rows: Sequence[Row]) -> str:
         floors = row.median_s / row.floor_s if row.median_s and row.floor_s else None
         cells.append(
             (
-                "  " + row.variant, row.direction, *map(_milliseconds, (row.median_s, row.p20_s, row.p80_s, row.floor_s)),
+                "  " + row.variant, row.direction, *map(_milliseconds, (*(getattr(row, name) for name in TIMES), row.floor_s)),
                 "" if floors is None else f"{floors:.2f}",
                 f"{row.median_s / relative:.2f}" if relative and row.median_s else "",
                 "" if row.kept_bytes is None else f"{row.kept_bytes / 1e6:.1f}",

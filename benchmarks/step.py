@@ -25,9 +25,9 @@ from .process import Prepared, Unavailable, WrongResult, measure
 from .rows import Report
 from .timing import Budget, Call, why_no_compile
 
-# A network at 4 bits amplifies the last bit: a sum in another order flips a few codes in the next layer, these more codes behind
-# them, until after some layers the rounding noise is another one. So whole steps are compared by what that noise averages
-# out of (the loss, and the norm of all gradients), and every layer for itself, on one input, by its values.
+# A network at 4 bits amplifies the last bit: a sum in another order flips a few codes in the next layer, these more codes
+# behind them, until after some layers the rounding noise is another one. So whole steps are compared by what that noise
+# averages out of (the loss, and the norm of all gradients), and every layer for itself, on one input, by its values.
 LOSS, NORM = 0.05, 0.3
 
 
@@ -110,7 +110,9 @@ def loss_of(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, d
         return F.cross_entropy(logits.float(), labels), logits
 
 
-def summary(model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, dtype: str) -> tuple[float, float]:
+def summary(
+    model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, dtype: str
+) -> tuple[float, float]:
     """(loss, L2 norm of all gradients) of one step."""
     loss, _ = loss_of(run, images, labels, dtype)
     loss.backward()

@@ -58,7 +58,7 @@ def test_tables_come_from_what_a_stage_left(tmp_path):
     from benchmarks.timing import Spread
 
     report = Report("ops", "cpu", {}, tmp_path / "ops.json")
-    report.add("a case", "auto", "forward", Spread(1e-3, 1e-3, 1e-3))
+    report.add("a case", "auto", "forward", Spread(1e-3, 1e-3, 1e-3, 1e-3))
     report.save()
     plan = [Stage("ops", (), 1, json=tmp_path / "ops.json"), Stage("step", (), 1, json=tmp_path / "step.json")]
     printed = gpu.suite_tables(plan)
@@ -110,7 +110,8 @@ def test_a_bare_machine_can_import_all_that_make_gpu_needs():
 
 
 @pytest.mark.slow
-def test_all_stages_on_the_cpu(tmp_path, capsys):
+def test_all_stages_on_the_cpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which would be timed as a backend of the CPU
     code = main(["gpu", "--device", "cpu", "--toy", "--out", str(tmp_path), "--limit", "900"])
     printed = capsys.readouterr().out
     assert code == 0, printed
