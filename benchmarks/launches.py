@@ -28,7 +28,8 @@ from .rows import Report
 # Allocation and questions about a tensor: no kernel.
 NO_LAUNCH = {
     "empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "resize_", "set_", "detach",
-    "_local_scalar_dense", "is_same_size", "is_nonzero", "item", "lift_fresh", "alias", "is_non_overlapping_and_dense",
+    "alias", "as_strided_", "_unsafe_view", "_reshape_alias", "lift_fresh", "is_same_size", "is_nonzero", "item",
+    "_local_scalar_dense", "is_non_overlapping_and_dense",
 }  # fmt: skip
 PHASES = ("forward", "backward", "optimizer")
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import profit
+from profit.nn import weight_batch
 from profit_kernels import dispatch, use_backend
 from profit_kernels.dispatch import set_backend
 
@@ -143,7 +144,11 @@ def check(job: Job, model: nn.Module, run: Callable[[Tensor], Tensor], images: T
 
 
 def check_layers(model: nn.Module, layers: Mapping[str, nn.Module], images: Tensor, job: Job) -> None:
-    """Every quantized layer, forward and backward, on the input it has in the eager reference. Raises WrongResult."""
+    """Every quantized layer, forward and backward, on the input it has in the eager reference. Raises WrongResult.
+
+    `model` is a copy to be thrown away: from here on each of its layers quantizes its own weight.
+    """
+    weight_batch.detach(model)
 
     def compare(name: str, layer: nn.Module):
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
