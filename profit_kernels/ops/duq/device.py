@@ -37,7 +37,7 @@ def activate_grad(g, x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu6":
         g = tl.where((x > 0.0) & (x < 6.0), g, 0.0)
     elif ACTIVATION == "hardswish":
-        g = tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, g * (x * (1 / 3) + 0.5), g))
+        g = tl.where(x >= 3.0, g, tl.where(x > -3.0, g * (x * (1 / 3) + 0.5), 0.0))  # 0 where x is NaN
     return g
 
 
@@ -52,3 +52,12 @@ def round_code(u, lo, s):
 def quantize(u, lo, s):
     """q of the formulas: the code divided by s."""
     return tl.div_rn(round_code(u, lo, s), s)
+
+
+@triton.jit
+def integer_code(v, A, low, s):
+    """round(clip(v / A, lo, 1) * s), as a float, with low = lo * A.
+
+    Clipping before the division is the same: a rounded division is monotone, and A / A is 1.
+    """
+    return (tl.div_rn(clip(v, low, A), A) * s + _MAGIC) - _MAGIC
