@@ -13,13 +13,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..duq.device import activate, activate_grad, clip, integer_code
+from ..duq.device import activate, activate_bounded, activate_grad, clip, interval_code, reciprocal
 
 # Not specialized for the values 1 and multiples of 16: one compilation serves every image size and batch.
 _RUN_TIME = (
     "positions", "strips", "row_blocks", "rows", "tiles", "groups", "H", "W", "OH", "OW", "top", "left",
     "s", "lo", "offset", "pad_value",
 )  # fmt: skip
+
+
+@triton.jit
+def _within(i, n):
+    """0 <= i < n in one comparison."""
+    return i.to(tl.uint32, bitcast=True) < n.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _columns(row, rows, wanted, columns):
+    """The number of columns to touch in `row` of an image: all or none. Compared with in place of two masks, it saves registers."""
+    return tl.where(wanted & _within(row, rows), columns, 0)
 
 
 @triton.jit
@@ -31,14 +43,13 @@ def _place(at, strips, row_blocks):
 
 @triton.jit
 def _tile(positions, strips, row_blocks, channels, CHANNELS_LAST: tl.constexpr, POS: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(image, channel, block of rows, strip, live) of this program's lanes."""
+    """(image, channel, block of rows, strip, position exists) of this program's lanes."""
     at = tl.program_id(0).to(positions.dtype) * POS + tl.arange(0, POS)[:, None]
     plane, block, strip = _place(at, strips, row_blocks)
     live = at < positions
     if CHANNELS_LAST:
         image = plane
         channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-        live = live & (channel < channels)
     else:
         image = plane // channels
         channel = (plane % channels).to(tl.int32)
@@ -57,26 +68,28 @@ def _corner(image, channel, channels, H, W, CHANNELS_LAST: tl.constexpr):
 
 @triton.jit
 def _seen(
-    x_ptr, at, inside, wanted, A, low, step, s, offset, pad_value, QUANTIZE: tl.constexpr, ACTIVATION: tl.constexpr
+    x_ptr, at, inside, live, A, high, low, step, lo, s, offset, pad_value, QUANTIZE: tl.constexpr, ACTIVATION: tl.constexpr
 ):
     """v at one tap, rounded to the dtype of x as the unfused operators round it."""
-    x = tl.load(x_ptr + at, mask=inside & wanted, other=0.0)
-    v = activate(x.to(tl.float32), ACTIVATION)
+    x = tl.load(x_ptr + at, mask=inside & live, other=0.0)
     if QUANTIZE:
-        v = integer_code(v - offset, A, low, s) * step + offset
+        v = activate_bounded(x.to(tl.float32), ACTIVATION) - offset
+        v = interval_code(v, A, high, low, lo, s) * step + offset
+    else:
+        v = activate(x.to(tl.float32), ACTIVATION)
     return tl.where(inside, v, pad_value).to(x.dtype).to(tl.float32)
 
 
 @triton.jit
 def _seen_row(
-    x_ptr, at, row_inside, column, W, pixel, wanted, A, low, step, s, offset, pad_value,
+    x_ptr, at, column, limit, pixel, live, A, high, low, step, lo, s, offset, pad_value,
     KW: tl.constexpr, SW: tl.constexpr, DW: tl.constexpr, COLS: tl.constexpr, QUANTIZE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """v at the columns that a strip of COLS outputs reads in one row, as a tuple."""
+    """v at the columns that a strip of COLS outputs reads in one row, as a tuple; columns from `limit` on are outside."""
     row = ()
     for j in tl.static_range((COLS - 1) * SW + (KW - 1) * DW + 1):
-        inside = row_inside & (column + j >= 0) & (column + j < W)
-        v = _seen(x_ptr, at + j * pixel, inside, wanted, A, low, step, s, offset, pad_value, QUANTIZE, ACTIVATION)
+        inside = _within(column + j, limit)
+        v = _seen(x_ptr, at + j * pixel, inside, live, A, high, low, step, lo, s, offset, pad_value, QUANTIZE, ACTIVATION)
         row = row + (v,)
     return row
 
@@ -101,7 +114,7 @@ def depthwise_forward(
     x_at = _corner(image, channel // MULTIPLIER, in_channels, H, W, CHANNELS_LAST) + column.to(tl.int64) * x_pixel
     y_at = _corner(image, channel, channels, OH, OW, CHANNELS_LAST) + (strip * COLS).to(tl.int64) * y_pixel
     A = tl.load(A_ptr) if QUANTIZE else 1.0
-    low = lo * A
+    high, low = reciprocal(A)
     step = tl.div_rn(tl.load(C_ptr), s) if QUANTIZE else 1.0
     w = ()
     for tap in tl.static_range(KH * KW):
@@ -117,8 +130,8 @@ def depthwise_forward(
             if SPAN - SH + j >= 0:
                 r = o * SH + (SPAN - SH + j) - top
                 row = _seen_row(
-                    x_ptr, x_at + r.to(tl.int64) * W * x_pixel, (r >= 0) & (r < H), column, W, x_pixel,
-                    live & (r >= first * SH - top), A, low, step, s, offset, pad_value, KW, SW, DW, COLS, QUANTIZE, ACTIVATION,
+                    x_ptr, x_at + r.to(tl.int64) * W * x_pixel, column, _columns(r, H, live & (r >= first * SH - top), W),
+                    x_pixel, channel < channels, A, high, low, step, lo, s, offset, pad_value, KW, SW, DW, COLS, QUANTIZE, ACTIVATION,
                 )  # fmt: skip
                 summed = ()
                 for e in tl.static_range(PENDING):
@@ -131,13 +144,13 @@ def depthwise_forward(
                         summed = summed + (total,)
                 acc = summed
         bias = tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-        done = live & (o >= first) & (o < OH)
+        done = _columns(o, OH, live & (o >= first), OW)
         shifted = ()
         for p in tl.static_range(PENDING * COLS):
             if p < COLS:
                 at = y_at + o.to(tl.int64) * OW * y_pixel + p * y_pixel
                 y = (acc[p] + bias).to(y_ptr.dtype.element_ty)
-                tl.store(y_ptr + at, y, mask=done & (strip * COLS + p < OW))
+                tl.store(y_ptr + at, y, mask=(strip * COLS + p < done) & (channel < channels))
             else:
                 shifted = shifted + (acc[p],)
         for _ in tl.static_range(COLS):
@@ -174,7 +187,7 @@ def depthwise_grad_input(
     g_at = _corner(image, channel * MULTIPLIER, out_channels, OH, OW, CHANNELS_LAST) + g_column.to(tl.int64) * g_pixel
     g_channel = 1 if CHANNELS_LAST else OH.to(tl.int64) * OW  # from one output channel to the next
     A = tl.load(A_ptr) if QUANTIZE else 1.0
-    low = lo * A
+    high, low = reciprocal(A)
     ratio = tl.div_rn(tl.load(C_ptr), A) if QUANTIZE else 1.0
     w = ()
     for m in tl.static_range(MULTIPLIER):
@@ -192,8 +205,9 @@ def depthwise_grad_input(
         o = first + i - BEFORE
         for m in tl.static_range(MULTIPLIER):
             g = ()
+            limit = _columns(o, OH, live, OW)
             for q in tl.static_range(LEFT_OF + COLS // SW):
-                there = live & (o >= 0) & (o < OH) & (g_column + q >= 0) & (g_column + q < OW)
+                there = _within(g_column + q, limit) & (channel < channels)
                 at = g_at + o.to(tl.int64) * OW * g_pixel + q * g_pixel + m * g_channel
                 g = g + (tl.load(g_ptr + at, mask=there, other=0.0).to(tl.float32),)
             summed = ()
@@ -213,16 +227,17 @@ def depthwise_grad_input(
             for p in tl.static_range(COLS):
                 if t < SH:
                     r = o * SH + t - top
-                    there = live & (o >= first) & (r >= 0) & (r < H) & (column + p >= 0) & (column + p < W)
+                    limit = _columns(r, H, live & (o >= first), W)
+                    there = _within(column + p, limit) & (channel < channels)
                     at = x_at + r.to(tl.int64) * W * x_pixel + p * x_pixel
                     gv = tl.where(there, acc[t * COLS + p], 0.0)
                     if QUANTIZE or ACTIVATION != "none":
                         x = tl.load(x_ptr + at, mask=there, other=0.0).to(tl.float32)
                         if QUANTIZE:
-                            v = activate(x, ACTIVATION) - offset
-                            gh = tl.where((v > low) & (v < A), gv * ratio, 0.0)
-                            sum_A += gh * clip(v, low, A)  # clipped: 0 * inf outside would be NaN; a NaN stays one
-                            sum_C += gv * integer_code(v, A, low, s)
+                            v = activate_bounded(x, ACTIVATION) - offset
+                            gh = tl.where((v > lo * A) & (v < A), gv * ratio, 0.0)
+                            sum_A += gh * clip(v, lo * A, A)  # clipped: 0 * inf outside would be NaN; a NaN stays one
+                            sum_C += gv * interval_code(v, A, high, low, lo, s)
                             gv = gh
                         gv = activate_grad(gv, x, ACTIVATION)
                     tl.store(gx_ptr + at, gv.to(gx_ptr.dtype.element_ty), mask=there)
@@ -258,7 +273,7 @@ def depthwise_grad_weight(
     g_pixel = channels if CHANNELS_LAST else 1
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     A = tl.load(A_ptr) if QUANTIZE else 1.0
-    low = lo * A
+    high, low = reciprocal(A)
     step = tl.div_rn(tl.load(C_ptr), s) if QUANTIZE else 1.0
     sums = ()
     for _ in tl.static_range(KH * KW + 1):
@@ -267,7 +282,7 @@ def depthwise_grad_weight(
     for tile in range(tiles):
         at = (tl.program_id(0).to(positions.dtype) * tiles + tile) * POS + tl.arange(0, POS)[:, None]
         image, block, strip = _place(at, strips, row_blocks)
-        live = (at < positions) & (channel < channels)
+        live = at < positions
         column = strip * (COLS * SW) - left
         x_at = _corner(image, channel // MULTIPLIER, in_channels, H, W, CHANNELS_LAST) + column.to(tl.int64) * x_pixel
         g_at = _corner(image, channel, channels, OH, OW, CHANNELS_LAST) + (strip * COLS).to(tl.int64) * g_pixel
@@ -278,6 +293,7 @@ def depthwise_grad_weight(
         for i in range(rows + PENDING - 1):
             o = first + i - (PENDING - 1)
             newest = o + (PENDING - 1)
+            limit = _columns(newest, OH, live & (newest < first + rows), OW)
             window = ()
             total = sums[KH * KW]
             for p in tl.static_range(PENDING * COLS):
@@ -285,7 +301,7 @@ def depthwise_grad_weight(
                     window = window + (g[p + COLS],)
                 else:
                     q = p - (PENDING - 1) * COLS
-                    there = live & (newest < first + rows) & (newest < OH) & (strip * COLS + q < OW)
+                    there = (strip * COLS + q < limit) & (channel < channels)
                     value_at = g_at + newest.to(tl.int64) * OW * g_pixel + q * g_pixel
                     value = tl.load(g_ptr + value_at, mask=there, other=0.0).to(tl.float32)
                     window = window + (value,)
@@ -295,8 +311,8 @@ def depthwise_grad_weight(
                 if SPAN - SH + j >= 0:
                     r = o * SH + (SPAN - SH + j) - top
                     row = _seen_row(
-                        x_ptr, x_at + r.to(tl.int64) * W * x_pixel, (r >= 0) & (r < H), column, W, x_pixel,
-                        live & (r >= first * SH - top), A, low, step, s, offset, pad_value,
+                        x_ptr, x_at + r.to(tl.int64) * W * x_pixel, column,
+                        _columns(r, H, live & (r >= first * SH - top), W), x_pixel, channel < channels, A, high, low, step, lo, s, offset, pad_value,
                         KW, SW, DW, COLS, QUANTIZE, ACTIVATION,
                     )  # fmt: skip
                     summed = ()

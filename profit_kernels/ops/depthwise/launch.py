@@ -16,11 +16,10 @@ import triton
 from torch import Tensor
 
 from ..duq import launch as duq
-from ..duq.launch import _raw_gradient, on_device
+from ..duq.launch import WARPS, _raw_gradient, on_device, threads, warp_size
 from ..duq.reference import steps
 from . import kernels, layout
 
-_WARP_LANES = 32
 _MAX_ROWS = 16  # rows that one position walks: the k - 1 rows it shares with its neighbour are then an eighth of the work
 _WANTED_LANES = 1 << 19  # shorter walks until a launch has this many, to fill the device
 _WEIGHT_PROGRAMS = 1024  # of the weight gradient, each of which leaves KH * KW partial sums a channel
@@ -28,28 +27,34 @@ _WEIGHT_PROGRAMS = 1024  # of the weight gradient, each of which leaves KH * KW 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a kernel is compiled for: [pos, block_c] lanes, `cols` columns a lane, channel offsets multiples of `align`."""
+    """What a kernel is compiled for: [pos, block_c] lanes, `cols` columns a lane, channels a multiple of `align`."""
 
     cols: int
     pos: int
     block_c: int
     align: int
-    num_warps: int = 4
 
 
-def tile(kernel: tuple[int, int], stride_w: int, channels: int, channels_last: bool) -> Tile:
-    """The tile for a filter size. Each channel of a lane keeps the filter and some rows of sums in registers."""
-    taps = kernel[0] * kernel[1]
-    cols = 4 if stride_w in (1, 2, 4) else stride_w
-    lanes = _WARP_LANES * 4
+def tile(taps: int, channels: int, channels_last: bool, cols: int, warp_size: int) -> Tile:
+    """The tile for a filter of `taps` weights: the more there are, the fewer channels a lane holds, for lack of registers."""
+    lanes = threads(warp_size)
     if not channels_last:
         return Tile(cols, lanes, 1, 1)
-    per_thread = 4 if taps <= 9 else 2 if taps <= 25 else 1
+    per_lane = 4 if taps <= 9 else 2 if taps <= 25 else 1
     align = next(n for n in (8, 4, 2, 1) if channels % n == 0)
-    # The widest block of channels that wastes least in the last one.
-    block_c = min((64, 32, 16), key=lambda block: (-(-channels // block) * block, -block))
-    block_c = min(block_c, max(8, triton.next_power_of_2(channels)))
-    return Tile(cols, lanes * per_thread // block_c, block_c, align)
+    # The widest block of channels of those that leave fewest lanes idle.
+    block_c = min((64, 32, 16, 8), key=lambda block: (-(-channels // block) * block, -block))
+    return Tile(cols, lanes * per_lane // block_c, block_c, align)
+
+
+def output_cols(stride: int) -> int:
+    """Output columns of a strip: an input column is quantized (cols * stride + k - stride) / (cols * stride) times."""
+    return 4 if stride == 1 else 2
+
+
+def input_cols(stride: int) -> int:
+    """Input columns of a strip of the input gradient, a multiple of the stride."""
+    return 4 if 4 % stride == 0 else stride
 
 
 def _blocks(length: int, others: int) -> tuple[int, int]:
@@ -96,8 +101,8 @@ class _Call:
         """H, W, OH, OW, top, left."""
         return (*self.x.shape[2:], *self.out_size, self.top, self.left)
 
-    def tile(self, channels: int) -> Tile:
-        return tile(self.kernel, self.stride[1], channels, self.channels_last)
+    def tile(self, channels: int, cols: int) -> Tile:
+        return tile(self.kernel[0] * self.kernel[1], channels, self.channels_last, cols, warp_size())
 
     def grid(self, chosen: Tile, channels: int, rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, ...]]:
         """(grid, positions, strips, row blocks and rows) of a walk over rows x columns."""
@@ -136,13 +141,13 @@ def _forward(call: _Call, weight: Tensor, bias: Tensor | None, pad_value: float)
     y = torch.empty((x.shape[0], out, *call.out_size), dtype=x.dtype, device=x.device, memory_format=call.format)
     if y.numel() == 0:
         return y
-    chosen = call.tile(out)
+    chosen = call.tile(out, output_cols(call.stride[1]))
     grid, walk = call.grid(chosen, out, *call.out_size)
     with on_device(x):
         kernels.depthwise_forward[grid](
             x, _taps_first(weight, x.dtype), bias, call.interval, call.scale, y,
             *walk, out // chosen.align, *call.sizes, *call.settings, pad_value, HAS_BIAS=bias is not None,
-            COLS=chosen.cols, POS=chosen.pos, BLOCK_C=chosen.block_c, ALIGN=chosen.align, num_warps=chosen.num_warps,
+            COLS=chosen.cols, POS=chosen.pos, BLOCK_C=chosen.block_c, ALIGN=chosen.align, num_warps=WARPS,
             **call.constants,
         )  # fmt: skip
     return y
@@ -155,7 +160,7 @@ def _grad_input(call: _Call, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tens
     if x.numel() == 0:
         return gx, None if call.interval is None else torch.zeros(2, dtype=torch.float64, device=x.device)
     (sh, sw), (height, width) = call.stride, x.shape[2:]
-    chosen = call.tile(channels)
+    chosen = call.tile(channels, input_cols(sw))
     # Rows are counted in output rows, each of which finishes sh input rows; the first may begin in the border.
     rows = (call.top + height - 1) // sh - call.top // sh + 1
     columns = width + call.left % sw
@@ -165,7 +170,7 @@ def _grad_input(call: _Call, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tens
         kernels.depthwise_grad_input[grid](
             grad, x, _taps_first(weight, x.dtype), call.interval, call.scale, gx, partial,
             *walk, channels // chosen.align, *call.sizes, *call.settings,
-            COLS=chosen.cols, POS=chosen.pos, BLOCK_C=chosen.block_c, ALIGN=chosen.align, num_warps=chosen.num_warps,
+            COLS=chosen.cols, POS=chosen.pos, BLOCK_C=chosen.block_c, ALIGN=chosen.align, num_warps=WARPS,
             **call.constants,
         )  # fmt: skip
     return gx, None if partial is None else partial.sum(dim=(1, 2), dtype=torch.float64)
@@ -176,7 +181,7 @@ def _grad_weight(call: _Call, grad: Tensor, weight: Tensor, pad_value: float) ->
     x, out, taps = call.x, call.out_channels, call.kernel[0] * call.kernel[1]
     if grad.numel() == 0:
         return torch.zeros_like(weight), torch.zeros(out, dtype=x.dtype, device=x.device)
-    chosen = call.tile(out)
+    chosen = call.tile(out, output_cols(call.stride[1]))
     (_, channel_blocks), (positions, strips, blocks, rows) = call.grid(chosen, out, *call.out_size)
     if not call.channels_last:
         positions, channel_blocks = x.shape[0] * strips * blocks, out
@@ -188,7 +193,7 @@ def _grad_weight(call: _Call, grad: Tensor, weight: Tensor, pad_value: float) ->
         kernels.depthwise_grad_weight[grid](
             grad, x, call.interval, call.scale, partial,
             positions, strips, blocks, rows, tiles, out // chosen.align, *call.sizes, *call.settings, pad_value,
-            COLS=chosen.cols, POS=chosen.pos, BLOCK_C=chosen.block_c, ALIGN=chosen.align, num_warps=chosen.num_warps,
+            COLS=chosen.cols, POS=chosen.pos, BLOCK_C=chosen.block_c, ALIGN=chosen.align, num_warps=WARPS,
             **call.constants,
         )  # fmt: skip
     sums = partial.sum(dim=0, dtype=torch.float64)
