@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..duq.device import activate, activate_bounded, activate_grad, clip, interval_code, reciprocal
+from ..duq.device import activate, activate_bounded, activate_grad, clip, code_value, interval_code, reciprocal
 
 # Not specialized for the values 1 and multiples of 16: one compilation serves every image size and batch.
 _RUN_TIME = (
@@ -67,14 +67,24 @@ def _corner(image, channel, channels, H, W, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
+def _quantizer(A_ptr, C_ptr, lo, s, offset):
+    """What `_seen` needs to know of it, worked out once."""
+    A = tl.load(A_ptr)
+    A_high, A_low = reciprocal(A)
+    s_high, s_low = reciprocal(s)
+    return A, A_high, A_low, tl.load(C_ptr), s_high, s_low, lo, s, offset
+
+
+@triton.jit
 def _seen(
-    x_ptr, at, inside, live, A, high, low, step, lo, s, offset, pad_value, QUANTIZE: tl.constexpr, ACTIVATION: tl.constexpr
+    x_ptr, at, inside, live, duq, pad_value, QUANTIZE: tl.constexpr, ACTIVATION: tl.constexpr
 ):
     """v at one tap, rounded to the dtype of x as the unfused operators round it."""
     x = tl.load(x_ptr + at, mask=inside & live, other=0.0)
     if QUANTIZE:
+        A, A_high, A_low, C, s_high, s_low, lo, s, offset = duq
         v = activate_bounded(x.to(tl.float32), ACTIVATION) - offset
-        v = interval_code(v, A, high, low, lo, s) * step + offset
+        v = code_value(interval_code(v, A, A_high, A_low, lo, s), C, s_high, s_low, offset)
     else:
         v = activate(x.to(tl.float32), ACTIVATION)
     return tl.where(inside, v, pad_value).to(x.dtype).to(tl.float32)
@@ -82,14 +92,14 @@ def _seen(
 
 @triton.jit
 def _seen_row(
-    x_ptr, at, column, limit, pixel, live, A, high, low, step, lo, s, offset, pad_value,
+    x_ptr, at, column, limit, pixel, live, duq, pad_value,
     KW: tl.constexpr, SW: tl.constexpr, DW: tl.constexpr, COLS: tl.constexpr, QUANTIZE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """v at the columns that a strip of COLS outputs reads in one row, as a tuple; columns from `limit` on are outside."""
     row = ()
     for j in tl.static_range((COLS - 1) * SW + (KW - 1) * DW + 1):
         inside = _within(column + j, limit)
-        v = _seen(x_ptr, at + j * pixel, inside, live, A, high, low, step, lo, s, offset, pad_value, QUANTIZE, ACTIVATION)
+        v = _seen(x_ptr, at + j * pixel, inside, live, duq, pad_value, QUANTIZE, ACTIVATION)
         row = row + (v,)
     return row
 
@@ -113,9 +123,7 @@ def depthwise_forward(
     column = strip * (COLS * SW) - left
     x_at = _corner(image, channel // MULTIPLIER, in_channels, H, W, CHANNELS_LAST) + column.to(tl.int64) * x_pixel
     y_at = _corner(image, channel, channels, OH, OW, CHANNELS_LAST) + (strip * COLS).to(tl.int64) * y_pixel
-    A = tl.load(A_ptr) if QUANTIZE else 1.0
-    high, low = reciprocal(A)
-    step = tl.div_rn(tl.load(C_ptr), s) if QUANTIZE else 1.0
+    duq = _quantizer(A_ptr, C_ptr, lo, s, offset) if QUANTIZE else ()
     w = ()
     for tap in tl.static_range(KH * KW):
         w = w + (tl.load(w_ptr + tap * channels + channel, mask=channel < channels, other=0.0).to(tl.float32),)
@@ -131,7 +139,7 @@ def depthwise_forward(
                 r = o * SH + (SPAN - SH + j) - top
                 row = _seen_row(
                     x_ptr, x_at + r.to(tl.int64) * W * x_pixel, column, _columns(r, H, live & (r >= first * SH - top), W),
-                    x_pixel, channel < channels, A, high, low, step, lo, s, offset, pad_value, KW, SW, DW, COLS, QUANTIZE, ACTIVATION,
+                    x_pixel, channel < channels, duq, pad_value, KW, SW, DW, COLS, QUANTIZE, ACTIVATION,
                 )  # fmt: skip
                 summed = ()
                 for e in tl.static_range(PENDING):
@@ -272,9 +280,7 @@ def depthwise_grad_weight(
     x_pixel = in_channels if CHANNELS_LAST else 1
     g_pixel = channels if CHANNELS_LAST else 1
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    A = tl.load(A_ptr) if QUANTIZE else 1.0
-    high, low = reciprocal(A)
-    step = tl.div_rn(tl.load(C_ptr), s) if QUANTIZE else 1.0
+    duq = _quantizer(A_ptr, C_ptr, lo, s, offset) if QUANTIZE else ()
     sums = ()
     for _ in tl.static_range(KH * KW + 1):
         sums = sums + (tl.zeros([POS, BLOCK_C], dtype=tl.float32),)
@@ -312,7 +318,7 @@ def depthwise_grad_weight(
                     r = o * SH + (SPAN - SH + j) - top
                     row = _seen_row(
                         x_ptr, x_at + r.to(tl.int64) * W * x_pixel, column,
-                        _columns(r, H, live & (r >= first * SH - top), W), x_pixel, channel < channels, A, high, low, step, lo, s, offset, pad_value,
+                        _columns(r, H, live & (r >= first * SH - top), W), x_pixel, channel < channels, duq, pad_value,
                         KW, SW, DW, COLS, QUANTIZE, ACTIVATION,
                     )  # fmt: skip
                     summed = ()

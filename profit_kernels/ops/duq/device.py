@@ -56,7 +56,7 @@ def quantize(u, lo, s):
 
 @triton.jit
 def reciprocal(A):
-    """1 / A as the sum of two float32, for `divide`. Where 1 / A has no float32 (A below 3e-39) both are useless: NaN follows."""
+    """1 / A as a sum of two float32, for `divide`. Where that overflows (A below 3e-39), NaN follows."""
     high = tl.div_rn(1.0, A)
     return high, tl.fma(-A, high, 1.0) * high
 
@@ -74,12 +74,12 @@ def divide(v, A, high, low):
 
 @triton.jit
 def activate_bounded(x, ACTIVATION: tl.constexpr):
-    """act(x) for a quantizer whose interval is below 5e37: h-swish stops there, so that its division by 6 is of finite numbers."""
+    """act(x) for a quantizer: h-swish stops at 5e37, above any interval, so that its division by 6 is of finite numbers."""
     if ACTIVATION == "hardswish":
         n = tl.maximum(x, -3.0, propagate_nan=tl.PropagateNan.ALL) * clip(x + 3.0, 0.0, 6.0)
         n = tl.minimum(n, 3.0e38, propagate_nan=tl.PropagateNan.ALL)
         q = n * (1 / 6)
-        h = tl.fma(tl.fma(-6.0, q, n), 1 / 6, q)  # as divide; for 6 the tests prove these two steps on every mantissa
+        h = tl.fma(tl.fma(-6.0, q, n), 1 / 6, q)  # as divide; the tests try every mantissa
     else:
         h = activate(x, ACTIVATION)
     return h
@@ -92,3 +92,9 @@ def interval_code(v, A, high, low, lo, s):
     Clipping before the division is the same: a rounded division is monotone, and A / A is 1.
     """
     return (divide(clip(v, lo * A, A), A, high, low) * s + _MAGIC) - _MAGIC
+
+
+@triton.jit
+def code_value(code, C, s_high, s_low, offset):
+    """C * (code / s) + d with (s_high, s_low) = reciprocal(s); the quotient is exactly rounded for every width (tested)."""
+    return C * tl.fma(code, s_high, code * s_low) + offset
