@@ -99,8 +99,9 @@ def _seen_row(
     row = ()
     for j in tl.static_range((COLS - 1) * SW + (KW - 1) * DW + 1):
         inside = _within(column + j, limit)
-        v = _seen(x_ptr, at + j * pixel, inside, live, duq, pad_value, QUANTIZE, ACTIVATION)
+        v = _seen(x_ptr, at, inside, live, duq, pad_value, QUANTIZE, ACTIVATION)
         row = row + (v,)
+        at = at + pixel  # not at + j * pixel: on AMD a register for every j, in a scarce kind
     return row
 
 
@@ -302,14 +303,15 @@ def depthwise_grad_weight(
             limit = _columns(newest, OH, live & (newest < first + rows), OW)
             window = ()
             total = sums[KH * KW]
+            value_at = g_at + newest.to(tl.int64) * OW * g_pixel
             for p in tl.static_range(PENDING * COLS):
                 if p < (PENDING - 1) * COLS:
                     window = window + (g[p + COLS],)
                 else:
                     q = p - (PENDING - 1) * COLS
                     there = (strip * COLS + q < limit) & (channel < channels)
-                    value_at = g_at + newest.to(tl.int64) * OW * g_pixel + q * g_pixel
                     value = tl.load(g_ptr + value_at, mask=there, other=0.0).to(tl.float32)
+                    value_at = value_at + g_pixel
                     window = window + (value,)
                     total += value
             g = window

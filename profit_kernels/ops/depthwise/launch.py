@@ -42,14 +42,14 @@ def tile(taps: int, channels: int, channels_last: bool, cols: int, warp_size: in
         return Tile(cols, lanes, 1, 1)
     per_lane = 4 if taps <= 9 else 2 if taps <= 25 else 1
     align = next(n for n in (8, 4, 2, 1) if channels % n == 0)
-    # The widest block of channels of those that leave fewest lanes idle.
-    block_c = min((64, 32, 16, 8), key=lambda block: (-(-channels // block) * block, -block))
+    # The widest block of channels of those that leave fewest lanes idle; 16 halves are one sector of memory.
+    block_c = 8 if channels <= 8 else min((64, 32, 16), key=lambda block: (-(-channels // block) * block, -block))
     return Tile(cols, lanes * per_lane // block_c, block_c, align)
 
 
-def output_cols(stride: int) -> int:
+def output_cols(taps: int, stride: int) -> int:
     """Output columns of a strip: an input column is quantized (cols * stride + k - stride) / (cols * stride) times."""
-    return 4 if stride == 1 else 2
+    return 4 if stride == 1 else 2 if taps <= 25 else 1
 
 
 def input_cols(stride: int) -> int:
@@ -101,8 +101,12 @@ class _Call:
         """H, W, OH, OW, top, left."""
         return (*self.x.shape[2:], *self.out_size, self.top, self.left)
 
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
     def tile(self, channels: int, cols: int) -> Tile:
-        return tile(self.kernel[0] * self.kernel[1], channels, self.channels_last, cols, warp_size())
+        return tile(self.taps, channels, self.channels_last, cols, warp_size())
 
     def grid(self, chosen: Tile, channels: int, rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, ...]]:
         """(grid, positions, strips, row blocks and rows) of a walk over rows x columns."""
@@ -141,7 +145,7 @@ def _forward(call: _Call, weight: Tensor, bias: Tensor | None, pad_value: float)
     y = torch.empty((x.shape[0], out, *call.out_size), dtype=x.dtype, device=x.device, memory_format=call.format)
     if y.numel() == 0:
         return y
-    chosen = call.tile(out, output_cols(call.stride[1]))
+    chosen = call.tile(out, output_cols(call.taps, call.stride[1]))
     grid, walk = call.grid(chosen, out, *call.out_size)
     with on_device(x):
         kernels.depthwise_forward[grid](
@@ -178,10 +182,10 @@ def _grad_input(call: _Call, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tens
 
 def _grad_weight(call: _Call, grad: Tensor, weight: Tensor, pad_value: float) -> tuple[Tensor, Tensor]:
     """(gw like weight, gbias [C_out]), both in float32 sums carried on in float64."""
-    x, out, taps = call.x, call.out_channels, call.kernel[0] * call.kernel[1]
+    x, out, taps = call.x, call.out_channels, call.taps
     if grad.numel() == 0:
         return torch.zeros_like(weight), torch.zeros(out, dtype=x.dtype, device=x.device)
-    chosen = call.tile(out, output_cols(call.stride[1]))
+    chosen = call.tile(out, output_cols(call.taps, call.stride[1]))
     (_, channel_blocks), (positions, strips, blocks, rows) = call.grid(chosen, out, *call.out_size)
     if not call.channels_last:
         positions, channel_blocks = x.shape[0] * strips * blocks, out
