@@ -18,6 +18,10 @@ KL = {"rtol": 1e-6, "atol": 1e-10}
 GOLDEN_KL = {"rtol": 1e-4, "atol": 1e-9}
 # Two float32 convolutions of one definition whose sums run in another order.
 CONV = {"rtol": 1e-5, "atol": 1e-5}
+# The same, relative to the sum of the magnitudes of the terms: k * k products, or N * H * W of them for a weight.
+CONV_OF_MAGNITUDE = 2e-6
+# Results in a half precision, in the backward after an intermediate of that precision: two roundings.
+HALF_OF_MAGNITUDE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
 CONV64 = {"rtol": 1e-12, "atol": 1e-12}
 # The same formula through autograd and spelled out: element-wise a few roundings; sums of 360 terms of mixed sign.
 TEXTBOOK = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.float64: {"rtol": 1e-12, "atol": 1e-12}}

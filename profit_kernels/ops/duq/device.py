@@ -37,7 +37,7 @@ def activate_grad(g, x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu6":
         g = tl.where((x > 0.0) & (x < 6.0), g, 0.0)
     elif ACTIVATION == "hardswish":
-        g = tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, g * (x * (1 / 3) + 0.5), g))
+        g = tl.where(x >= 3.0, g, tl.where(x > -3.0, g * (x * (1 / 3) + 0.5), 0.0))  # 0 where x is NaN
     return g
 
 
@@ -52,3 +52,49 @@ def round_code(u, lo, s):
 def quantize(u, lo, s):
     """q of the formulas: the code divided by s."""
     return tl.div_rn(round_code(u, lo, s), s)
+
+
+@triton.jit
+def reciprocal(A):
+    """1 / A as a sum of two float32, for `divide`. Where that overflows (A below 3e-39), NaN follows."""
+    high = tl.div_rn(1.0, A)
+    return high, tl.fma(-A, high, 1.0) * high
+
+
+@triton.jit
+def divide(v, A, high, low):
+    """v / A, correctly rounded, for finite v and a divisor known in advance; div_rn has a branch and three times the work.
+
+    The first line is within 0.51 ulp (Brisebarre, Muller and Raina, IEEE Transactions on Computers 53(8), 2004). From there the
+    exact remainder gives the correctly rounded quotient (Markstein, IBM J. Res. Dev. 34(1), 1990).
+    """
+    q = tl.fma(v, high, v * low)
+    return tl.fma(tl.fma(-A, q, v), high, q)
+
+
+@triton.jit
+def activate_bounded(x, ACTIVATION: tl.constexpr):
+    """act(x) for a quantizer: h-swish stops at 5e37, above any interval, so that its division by 6 is of finite numbers."""
+    if ACTIVATION == "hardswish":
+        n = tl.maximum(x, -3.0, propagate_nan=tl.PropagateNan.ALL) * clip(x + 3.0, 0.0, 6.0)
+        n = tl.minimum(n, 3.0e38, propagate_nan=tl.PropagateNan.ALL)
+        q = n * (1 / 6)
+        h = tl.fma(tl.fma(-6.0, q, n), 1 / 6, q)  # as divide; the tests try every mantissa
+    else:
+        h = activate(x, ACTIVATION)
+    return h
+
+
+@triton.jit
+def interval_code(v, A, high, low, lo, s):
+    """round(clip(v / A, lo, 1) * s), as float32; (high, low) = reciprocal(A).
+
+    Clipping before the division is the same: a rounded division is monotone, and A / A is 1.
+    """
+    return (divide(clip(v, lo * A, A), A, high, low) * s + _MAGIC) - _MAGIC
+
+
+@triton.jit
+def code_value(code, C, s_high, s_low, offset):
+    """C * (code / s) + d with (s_high, s_low) = reciprocal(s); the quotient is exactly rounded for every width (tested)."""
+    return C * tl.fma(code, s_high, code * s_low) + offset
