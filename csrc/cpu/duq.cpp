@@ -14,6 +14,7 @@
 
 #include "../common/layout.h"
 #include "isa.h"
+#include "parameters.h"
 
 namespace profit::cpu {
 
@@ -40,37 +41,8 @@ struct Loops {
   void (*backward)(const void* grad, const void* x, void* gx, int64_t n, const Constants<T>& k, Sums& sums);
 };
 
-#define PROFIT_ISA baseline
-#define PROFIT_TARGET
-#define PROFIT_INLINE inline __attribute__((always_inline))
-#include "duq_loops.h"
-#undef PROFIT_ISA
-#undef PROFIT_TARGET
-#undef PROFIT_INLINE
-
-#if defined(__x86_64__)
-#define PROFIT_ISA avx2
-#define PROFIT_TARGET __attribute__((target("avx2,f16c")))
-#define PROFIT_INLINE inline __attribute__((always_inline, target("avx2,f16c")))
-#include "duq_loops.h"
-#undef PROFIT_ISA
-#undef PROFIT_TARGET
-#undef PROFIT_INLINE
-
-#if defined(__clang__)
-#define PROFIT_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c"
-#else
-// gcc otherwise stays at 256 bits.
-#define PROFIT_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,prefer-vector-width=512"
-#endif
-#define PROFIT_ISA avx512
-#define PROFIT_TARGET __attribute__((target(PROFIT_AVX512)))
-#define PROFIT_INLINE inline __attribute__((always_inline, target(PROFIT_AVX512)))
-#include "duq_loops.h"
-#undef PROFIT_ISA
-#undef PROFIT_TARGET
-#undef PROFIT_INLINE
-#endif
+#define PROFIT_LOOPS "duq_loops.h"
+#include "for_each_isa.h"
 
 template <typename S, typename T>
 Loops<T> loops_for(Activation activation) {
@@ -86,14 +58,6 @@ Loops<T> loops_for(Activation activation) {
 #endif
   return baseline::loops<S, T>(activation);
 }
-
-// As torch.nn.functional.softplus: the identity above 20, where the difference is below one unit in the last place.
-template <typename T>
-T softplus(T v) {
-  return v > T(20) ? v : std::log1p(std::exp(v));
-}
-
-double sigmoid(double v) { return 1.0 / (1.0 + std::exp(-v)); }
 
 // Elements per piece of work. Fixed, and not derived from the number of threads, so that the sums over pieces, added in
 // order, give the same bits for any number of threads.
@@ -141,22 +105,10 @@ void check(const Tensor& x, const Tensor& a, const Tensor& c, int64_t bits, int6
   }
 }
 
-// The values of a raw parameter as T: a whole model may have been moved to bfloat16, parameters of quantizers included.
-template <typename T>
-std::vector<T> values(const Tensor& raw) {
-  const auto type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-  Tensor same = raw.scalar_type() == type ? raw : torch::stable::to(raw, type);
-  if (!same.is_contiguous()) {
-    same = torch::stable::contiguous(same);
-  }
-  const T* data = static_cast<const T*>(same.const_data_ptr());
-  return std::vector<T>(data, data + same.numel());
-}
-
 template <typename T>
 std::vector<Constants<T>> constants(
     const std::vector<T>& a, const std::vector<T>& c, int64_t bits, bool is_signed, double offset) {
-  const int64_t s = is_signed ? (int64_t{1} << (bits - 1)) - 1 : (int64_t{1} << bits) - 1;
+  const int64_t s = steps(bits, is_signed);
   std::vector<Constants<T>> result(std::max(a.size(), c.size()));
   for (size_t i = 0; i < result.size(); ++i) {
     result[i] = {
@@ -200,23 +152,6 @@ Tensor forward(
     loops.forward(in + start, out + start, n, k[channel]);
   });
   return with_layout_of(x, y);
-}
-
-// Gradient of the raw parameter, dL/draw = dL/dsoftplus * sigmoid(raw), from the channel sums. Returned like raw.
-template <typename T>
-Tensor parameter_grad(const Tensor& raw, const std::vector<double>& per_channel) {
-  const std::vector<T> v = values<T>(raw);
-  std::vector<double> total(v.size(), 0.0);
-  for (size_t i = 0; i < per_channel.size(); ++i) {
-    total[v.size() > 1 ? i : 0] += per_channel[i];
-  }
-  const auto type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-  Tensor grad = torch::stable::empty(raw.sizes(), type);
-  T* g = static_cast<T*>(grad.mutable_data_ptr());
-  for (size_t i = 0; i < v.size(); ++i) {
-    g[i] = static_cast<T>(total[i] * sigmoid(static_cast<double>(v[i])));
-  }
-  return raw.scalar_type() == type ? grad : torch::stable::to(grad, raw.scalar_type());
 }
 
 template <typename S, typename T>

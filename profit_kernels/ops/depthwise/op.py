@@ -11,7 +11,7 @@ from ... import dispatch
 from ...checks import check_bits, check_quantizer, pads, pair
 from ..duq.op import duq_fake_quantize, no_double_backward
 from ..duq.reference import ACTIVATIONS
-from . import reference
+from . import cpp, reference
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
 _QUANT = "int? act_bits, int? weight_bits, bool signed, float offset, str activation, float pad_value"
@@ -37,25 +37,29 @@ torch.library.define(
 
 @torch.library.impl("profit_kernels::depthwise_conv2d", "default")
 def _depthwise(x, weight, bias, stride, padding, dilation, pad_value):
-    dispatch.choose("depthwise", x)
+    if dispatch.choose("depthwise", x) == "cpp":
+        return cpp.depthwise(x, weight, bias, stride, padding, dilation, pad_value)
     return reference.depthwise(x, weight, bias, stride, padding, dilation, pad_value)
 
 
 @torch.library.impl("profit_kernels::depthwise_conv2d_backward", "default")
 def _depthwise_backward(grad, x, weight, has_bias, stride, padding, dilation, pad_value):
-    dispatch.choose("depthwise", x)
+    if dispatch.choose("depthwise", x) == "cpp":
+        return cpp.depthwise_backward(grad, x, weight, has_bias, stride, padding, dilation, pad_value)
     return reference.depthwise_backward(grad, x, weight, has_bias, stride, padding, dilation, pad_value)
 
 
 @torch.library.impl("profit_kernels::duq_depthwise_conv2d", "default")
 def _duq_depthwise(x, weight, *rest):
-    dispatch.choose("duq_depthwise", x)
+    if dispatch.choose("duq_depthwise", x) == "cpp":
+        return cpp.duq_depthwise(x, weight, *rest)
     return reference.duq_depthwise(x, weight, *rest)
 
 
 @torch.library.impl("profit_kernels::duq_depthwise_conv2d_backward", "default")
 def _duq_depthwise_backward(grad, x, weight, *rest):
-    dispatch.choose("duq_depthwise", x)
+    if dispatch.choose("duq_depthwise", x) == "cpp":
+        return cpp.duq_depthwise_backward(grad, x, weight, *rest)
     return reference.duq_depthwise_backward(grad, x, weight, *rest)
 
 

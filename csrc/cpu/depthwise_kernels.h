@@ -1,0 +1,65 @@
+// The inner loops of the depthwise convolution as a table of functions, one table per instruction set, dtype, quantizer and
+// kernel. Everything between loading and storing is float32 in the first two cache levels.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+
+#include "duq.h"
+
+namespace profit::cpu {
+
+// Channels that lie together in the buffers: one 512-bit register of floats.
+constexpr int64_t kGroup = 16;
+
+// A row in memory: 16 channels of group m at column i start at p + m * group + i * column.
+template <typename T>
+struct RowView {
+  T* p;
+  int64_t group, column;
+  T* at(int64_t m, int64_t i) const { return p + m * group + i * column; }
+};
+using Lanes = RowView<float>;
+using ConstLanes = RowView<const float>;
+
+// Distances in elements between channels and columns of a tensor.
+struct Strides {
+  int64_t channel, column;
+};
+
+// The taps of a kernel: kw of them `dilation` columns apart in each of kh rows; outputs are `stride` columns apart.
+struct Taps {
+  int64_t kh, kw, stride, dilation;
+};
+
+// The input quantizer. inverse = 1 / A; low = lo * A; step = C / s; ratio = C / A.
+struct Quantizer {
+  float A, inverse, d, lo, low, s, step, ratio;
+};
+
+// What each does stands at its definition in depthwise_rows.h and depthwise_loops.h.
+struct RowKernels {
+  void (*load)(const void* from, Strides, float* to, int64_t columns, int64_t channels, int64_t groups, int64_t multiplier);
+  void (*store)(const float* from, void* to, Strides, int64_t columns, int64_t channels, int64_t groups, int64_t multiplier);
+  void (*round)(Lanes q, int64_t columns, int64_t groups);
+  void (*quantize)(ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer&);
+  void (*quantize_keeping)(
+      ConstLanes x, Lanes q, float* u, float* slope, int64_t columns, int64_t groups, const Quantizer&);
+  void (*finish)(
+      ConstLanes gq, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups, const Quantizer&,
+      float* row_sums, double* sums);
+  void (*sum)(const float* g, float* sums, int64_t columns, int64_t groups);
+  void (*forward)(
+      const float* const* rows, int64_t row_group, const float* weight, const float* bias, Lanes out, int64_t columns,
+      int64_t groups, const Taps&);
+  void (*backward)(
+      const float* g, const float* q, float* gq, int64_t row_group, const float* weight, float* gw, int64_t columns,
+      int64_t groups, const Taps&);
+};
+
+// The table for the instruction set in use (isa.h). `type` is that of x; `quantized` false lets act(x) pass through.
+RowKernels row_kernels(
+    torch::headeronly::ScalarType type, bool quantized, Activation activation, const Quantizer&, const Taps&);
+
+}  // namespace profit::cpu
