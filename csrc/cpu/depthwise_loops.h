@@ -6,11 +6,6 @@
 
 namespace PROFIT_ISA {
 
-typedef float Vec __attribute__((vector_size(PROFIT_LANES * sizeof(float)), aligned(alignof(float)), may_alias));
-
-PROFIT_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-PROFIT_INLINE void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-
 // T columns of an output row: acc = bias + sum over the taps of weight * input. K: kernel width with dilation 1, or 0.
 template <int K, int S, int T>
 PROFIT_INLINE void forward_tile(

@@ -8,41 +8,45 @@ namespace PROFIT_ISA {
 // What stands in front of the activation, per channel: nothing here; a kernel that folds a BatchNorm in puts its scale and
 // shift in place of it.
 struct NoFront {
-  PROFIT_INLINE float operator()(float x, int64_t) const { return x; }
+  PROFIT_INLINE Vec operator()(Vec x, int64_t /*lane*/) const { return x; }
 };
 
-// act(x) for a finite quotient: what is beyond 1e30 will be clipped to A, which is below 2^60.
-template <Activation act>
-PROFIT_INLINE float activate_clipped(float x) {
-  if constexpr (act == Activation::hardswish) {
-    float product = (x < -3.0f ? -3.0f : x) * clamp(x + 3.0f, 0.0f, 6.0f);
-    product = product > 1e30f ? 1e30f : product;
-    return divide(product, 6.0f, 1.0f / 6.0f);
-  } else {
-    return activate<float, act>(x);
+// The input quantizer, spread over a register.
+struct VecQuantizer {
+  Vec A, inverse, d, lo, low, s, step, ratio;
+  PROFIT_INLINE explicit VecQuantizer(const Quantizer& k)
+      : A(splat<Vec>(k.A)),
+        inverse(splat<Vec>(k.inverse)),
+        d(splat<Vec>(k.d)),
+        lo(splat<Vec>(k.lo)),
+        low(splat<Vec>(k.low)),
+        s(splat<Vec>(k.s)),
+        step(splat<Vec>(k.step)),
+        ratio(splat<Vec>(k.ratio)) {}
+
+  // clip((act(x) - d) / A, lo, 1), with the clip in front of the division, where it costs no infinity.
+  template <Activation act>
+  PROFIT_INLINE Vec clipped(Vec x) const {
+    return divide(clamp(activate_finite<act>(x) - d, low, A), A, inverse);
   }
-}
+};
 
-// clip((h - d) / A, lo, 1) with the clip in front of the division, where it costs no infinity.
-template <Activation act>
-PROFIT_INLINE float scale_and_clip(float x, const Quantizer& k) {
-  return divide(clamp(activate_clipped<act>(x) - k.d, k.low, k.A), k.A, k.inverse);
-}
-
+// q = duq(act(x)), or act(x) alone.
 template <Activation act, bool quantized, typename Front>
 PROFIT_INLINE void quantize_row_(
-    ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer& k, const Front& front) {
+    ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer& quantizer, const Front& front) {
+  const VecQuantizer k(quantizer);
   for (int64_t i = 0; i < columns; ++i) {
     for (int64_t m = 0; m < groups; ++m) {
-      const float* __restrict from = x.at(m, i);
-      float* __restrict to = q.at(m, i);
-#pragma omp simd
-      for (int64_t j = 0; j < kGroup; ++j) {
-        const float v = front(from[j], m * kGroup + j);
+      const float* from = x.at(m, i);
+      float* to = q.at(m, i);
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kGroup; j += PROFIT_LANES) {
+        const Vec v = front(load(from + j), m * kGroup + j);
         if constexpr (quantized) {
-          to[j] = round_half_even(scale_and_clip<act>(v, k) * k.s) * k.step + k.d;
+          store(to + j, round_half_even(k.clipped<act>(v) * k.s) * k.step + k.d);
         } else {
-          to[j] = activate<float, act>(v);
+          store(to + j, activate<act>(v));
         }
       }
     }
@@ -52,27 +56,27 @@ PROFIT_INLINE void quantize_row_(
 // Also keeps what the gradient needs: u, the clipped (h - d) / A, and the slope act'(x).
 template <Activation act, bool quantized, typename Front>
 PROFIT_INLINE void quantize_row_keeping_(
-    ConstLanes x, Lanes q, float* u, float* slope, int64_t columns, int64_t groups, const Quantizer& k,
+    ConstLanes x, Lanes q, float* u, float* slope, int64_t columns, int64_t groups, const Quantizer& quantizer,
     const Front& front) {
+  const VecQuantizer k(quantizer);
   for (int64_t i = 0; i < columns; ++i) {
     for (int64_t m = 0; m < groups; ++m) {
-      const float* __restrict from = x.at(m, i);
-      float* __restrict to = q.at(m, i);
-      float* __restrict u_ = u + (m * columns + i) * kGroup;
-      float* __restrict slope_ = slope + (m * columns + i) * kGroup;
-#pragma omp simd
-      for (int64_t j = 0; j < kGroup; ++j) {
-        const float v = front(from[j], m * kGroup + j);
+      const float* from = x.at(m, i);
+      float* to = q.at(m, i);
+      const int64_t kept = (m * columns + i) * kGroup;
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kGroup; j += PROFIT_LANES) {
+        const Vec v = front(load(from + j), m * kGroup + j);
         if constexpr (quantized) {
-          const float clipped = scale_and_clip<act>(v, k);
-          u_[j] = clipped;
-          to[j] = round_half_even(clipped * k.s) * k.step + k.d;
+          const Vec clipped = k.clipped<act>(v);
+          store(u + kept + j, clipped);
+          store(to + j, round_half_even(clipped * k.s) * k.step + k.d);
         } else {
-          to[j] = activate<float, act>(v);
+          store(to + j, activate<act>(v));
         }
         if constexpr (act != Activation::none) {
-          const float grad = activate_grad<float, act>(v);
-          slope_[j] = v == v ? grad : 0.0f;
+          const Vec grad = activate_grad<act>(v);
+          store(slope + kept + j, v == v ? grad : Vec{});
         }
       }
     }
@@ -83,30 +87,34 @@ PROFIT_INLINE void quantize_row_keeping_(
 // way of float32 sums over the row in row_sums[2][lane].
 template <Activation act, bool quantized>
 PROFIT_INLINE void finish_row_(
-    ConstLanes gq, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups, const Quantizer& k,
-    float* row_sums, double* sums) {
+    ConstLanes gq, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups,
+    const Quantizer& quantizer, float* row_sums, double* sums) {
+  const VecQuantizer k(quantizer);
   const int64_t lanes = groups * kGroup;
   if constexpr (quantized) {
     std::fill_n(row_sums, 2 * lanes, 0.0f);
   }
   for (int64_t i = 0; i < columns; ++i) {
     for (int64_t m = 0; m < groups; ++m) {
-      const float* __restrict g = gq.at(m, i);
-      const float* __restrict u_ = u + (m * columns + i) * kGroup;
-      const float* __restrict slope_ = slope + (m * columns + i) * kGroup;
-      float* __restrict to = gx.at(m, i);
-      float* __restrict a_ = row_sums + m * kGroup;
-      float* __restrict c_ = row_sums + lanes + m * kGroup;
-#pragma omp simd
-      for (int64_t j = 0; j < kGroup; ++j) {
-        float gh = g[j];
+      const float* from = gq.at(m, i);
+      float* to = gx.at(m, i);
+      float* sum_a = row_sums + m * kGroup;
+      float* sum_c = sum_a + lanes;
+      const int64_t kept = (m * columns + i) * kGroup;
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < kGroup; j += PROFIT_LANES) {
+        const Vec g = load(from + j);
+        Vec gh = g;
         if constexpr (quantized) {
-          const float v = u_[j];
-          gh = (v > k.lo) & (v < 1.0f) ? gh * k.ratio : 0.0f;
-          a_[j] += gh * v;  // a NaN is seen in the sum
-          c_[j] += g[j] * round_half_even(v * k.s);
+          const Vec v = load(u + kept + j);
+          gh = (v > k.lo) & (v < splat<Vec>(1)) ? g * k.ratio : Vec{};
+          store(sum_a + j, load(sum_a + j) + gh * v);  // a NaN is seen in the sum
+          store(sum_c + j, load(sum_c + j) + g * round_half_even(v * k.s));
         }
-        to[j] = act == Activation::none ? gh : gh * slope_[j];
+        if constexpr (act != Activation::none) {
+          gh *= load(slope + kept + j);
+        }
+        store(to + j, gh);
       }
     }
   }

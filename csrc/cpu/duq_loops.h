@@ -8,7 +8,7 @@ PROFIT_TARGET void forward(const T* __restrict x, T* __restrict y, int64_t n, co
   const T A = k.A, C = k.C, d = k.d, lo = k.lo, s = k.s;
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const T u = (activate<T, act>(x[i]) - d) / A;
+    const T u = (activate<act>(x[i]) - d) / A;
     const T code = round_half_even(clamp(u, lo, T(1)) * s);
     y[i] = C * (code / s) + d;
   }
@@ -24,12 +24,12 @@ PROFIT_TARGET void backward(
 #pragma omp simd reduction(+ : sum_a, sum_c)
   for (int64_t i = 0; i < n; ++i) {
     const T g = grad[i];
-    const T u = (activate<T, act>(x[i]) - d) / A;
+    const T u = (activate<act>(x[i]) - d) / A;
     const T clipped = clamp(u, lo, T(1));
     const T code = round_half_even(clipped * s);
     const bool inside = (u > lo) & (u < T(1));
     const T gh = inside ? g * ratio : T(0);
-    gx[i] = gh * activate_grad<T, act>(x[i]);
+    gx[i] = gh * activate_grad<act>(x[i]);
     // With the clipped u an infinity outside adds 0, and a NaN is seen in the sum.
     sum_a += static_cast<double>(gh * clipped);
     sum_c += static_cast<double>(g * code);

@@ -4,59 +4,98 @@
 
 namespace PROFIT_ISA {
 
+// A register of floats. The formulas below take it, a float or a double for V.
+typedef float Vec __attribute__((vector_size(PROFIT_LANES * sizeof(float)), aligned(alignof(float)), may_alias));
+
+PROFIT_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+PROFIT_INLINE void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+
+// v in every lane.
+template <typename V, typename T>
+PROFIT_INLINE V splat(T v) {
+  if constexpr (std::is_arithmetic_v<V>) {
+    return static_cast<V>(v);
+  } else {
+    return static_cast<float>(v) - V{};
+  }
+}
+
 // Round half to even for |v| < 2^22 (float) or 2^51 (double): codes are below 256. The addition pushes the fraction out
 // of the mantissa under the current rounding mode, which vectorises on SSE2 too, where there is no rounding instruction.
-template <typename T>
-PROFIT_INLINE T round_half_even(T v) {
-  constexpr T magic = std::is_same_v<T, float> ? T(12582912.0) : T(6755399441055744.0);
+template <typename V>
+PROFIT_INLINE V round_half_even(V v) {
+  const V magic = splat<V>(std::is_same_v<V, double> ? 6755399441055744.0 : 12582912.0);
   return (v + magic) - magic;
 }
 
-template <typename T>
-PROFIT_INLINE T clamp(T v, T low, T high) {
+template <typename V>
+PROFIT_INLINE V clamp(V v, V low, V high) {
   v = v < low ? low : v;
   return v > high ? high : v;
 }
 
-// v / b, correctly rounded, with `inverse` = 1 / b correctly rounded: the quotient of a product is at most one unit off, its
-// remainder is exact in a fused multiply-add, and adding remainder * inverse rounds to the true quotient (Markstein, IBM
-// J. Res. Dev. 34, 1990). Several times faster than a division. v finite, b and v / b far from overflow and underflow.
-PROFIT_INLINE float divide(float v, float b, float inverse) {
-#if PROFIT_HAS_FMA
-  const float quotient = v * inverse;
-  return __builtin_fmaf(__builtin_fmaf(-b, quotient, v), inverse, quotient);
-#else
+#if PROFIT_LANES == 16
+PROFIT_INLINE Vec fused_multiply_add(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif PROFIT_LANES == 8
+PROFIT_INLINE Vec fused_multiply_add(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#endif
+
+// v / b, correctly rounded, with `inverse` = 1 / b correctly rounded: the product v * inverse is at most one unit off the
+// quotient, its remainder is exact in a fused multiply-add, and adding remainder * inverse rounds to the true quotient
+// (Markstein, IBM J. Res. Dev. 34, 1990). Several times faster than a division. v finite, b and v / b far from overflow
+// and underflow.
+PROFIT_INLINE Vec divide(Vec v, Vec b, Vec inverse) {
+#if PROFIT_LANES == 4
   (void)inverse;
   return v / b;
+#else
+  const Vec quotient = v * inverse;
+  return fused_multiply_add(fused_multiply_add(-b, quotient, v), inverse, quotient);
 #endif
 }
 
-template <typename T, Activation act>
-PROFIT_INLINE T activate(T x) {
+template <Activation act, typename V>
+PROFIT_INLINE V activate(V x) {
+  const V zero = splat<V>(0);
   if constexpr (act == Activation::relu) {
-    return x < T(0) ? T(0) : x;
+    return x < zero ? zero : x;
   } else if constexpr (act == Activation::relu6) {
-    return clamp(x, T(0), T(6));
+    return clamp(x, zero, splat<V>(6));
   } else if constexpr (act == Activation::hardswish) {
     // The first clamp changes nothing but -inf, whose product with 0 would be NaN.
-    return (x < T(-3) ? T(-3) : x) * clamp(x + T(3), T(0), T(6)) / T(6);
+    const V three = splat<V>(3), six = splat<V>(6);
+    return (x < -three ? -three : x) * clamp(x + three, zero, six) / six;
   } else {
     return x;
   }
 }
 
-template <typename T, Activation act>
-PROFIT_INLINE T activate_grad(T x) {
+template <Activation act, typename V>
+PROFIT_INLINE V activate_grad(V x) {
+  const V zero = splat<V>(0), one = splat<V>(1);
   if constexpr (act == Activation::relu) {
-    return x > T(0) ? T(1) : T(0);
+    return x > zero ? one : zero;
   } else if constexpr (act == Activation::relu6) {
     // & and not &&: a branch would keep the loop scalar.
-    return (x > T(0)) & (x < T(6)) ? T(1) : T(0);
+    return (x > zero) & (x < splat<V>(6)) ? one : zero;
   } else if constexpr (act == Activation::hardswish) {
-    const T slope = x < T(3) ? x / T(3) + T(0.5) : T(1);  // 1 for NaN, whose gradient is 0 already
-    return x <= T(-3) ? T(0) : slope;
+    const V three = splat<V>(3);
+    const V slope = x < three ? x * splat<V>(1.0 / 3.0) + splat<V>(0.5) : one;  // 1 for NaN, whose gradient is 0 already
+    return x <= -three ? zero : slope;
   } else {
-    return T(1);
+    return one;
+  }
+}
+
+// act(x) for a quantizer that clips at A < 2^60: finite, also where x is not, and without a division.
+template <Activation act>
+PROFIT_INLINE Vec activate_finite(Vec x) {
+  if constexpr (act == Activation::hardswish) {
+    const Vec three = splat<Vec>(3), six = splat<Vec>(6), huge = splat<Vec>(1e30f);
+    const Vec product = (x < -three ? -three : x) * clamp(x + three, splat<Vec>(0), six);
+    return divide(product > huge ? huge : product, six, splat<Vec>(1.0f / 6.0f));
+  } else {
+    return activate<act>(x);
   }
 }
 
