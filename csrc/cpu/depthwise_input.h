@@ -62,7 +62,7 @@ class QuantizedRows {
       return;
     }
     const char* from = in_.at(image_, task_.first_channel / g_.multiplier, row);
-    ConstLanes x{reinterpret_cast<const float*>(from), kGroup, in_.w};
+    ConstLanes x{reinterpret_cast<const float*>(from), kGroup, in_.w, in_.h};
     if (!in_.in_place(plan_, task_, g_.multiplier)) {
       kernels_.load(from, in_.strides(), loaded_, g_.width, task_.channels, plan_.groups, g_.multiplier);
       x = {loaded_, g_.width * kGroup, kGroup};
@@ -166,7 +166,7 @@ class KeptRow {
 
   void load(int64_t image, int64_t y) {
     const char* from = in_.at(image, task_.first_channel / g_.multiplier, y);
-    ConstLanes x{reinterpret_cast<const float*>(from), kGroup, in_.w};
+    ConstLanes x{reinterpret_cast<const float*>(from), kGroup, in_.w, in_.h};
     if (!in_.in_place(plan_, task_, g_.multiplier)) {
       kernels_.load(from, in_.strides(), buffer_, g_.width, task_.channels, plan_.groups, g_.multiplier);
       x = {buffer_, g_.width * kGroup, kGroup};

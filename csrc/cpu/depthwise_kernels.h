@@ -13,19 +13,20 @@ namespace profit::cpu {
 // Channels that lie together in the buffers: one 512-bit register of floats.
 constexpr int64_t kGroup = 16;
 
-// A row in memory: 16 channels of group m at column i start at p + m * group + i * column.
+// A row in memory: 16 channels of group m at column i start at p + m * group + i * column. The row that will be read next starts
+// at p + ahead, for prefetching.
 template <typename T>
 struct RowView {
   T* p;
-  int64_t group, column;
+  int64_t group, column, ahead = 0;
   T* at(int64_t m, int64_t i) const { return p + m * group + i * column; }
 };
 using Lanes = RowView<float>;
 using ConstLanes = RowView<const float>;
 
-// Distances in elements between channels and columns of a tensor.
+// Distances in elements between channels, columns and rows of a tensor.
 struct Strides {
-  int64_t channel, column;
+  int64_t channel, column, row;
 };
 
 // The taps of a kernel: kw of them `dilation` columns apart in each of kh rows; outputs are `stride` columns apart.

@@ -95,7 +95,7 @@ struct TensorRows {
 
   // Where image i, channel j, row y start.
   char* at(int64_t i, int64_t j, int64_t y) const { return data + (i * n + j * c + y * h) * element; }
-  Strides strides() const { return {c, w}; }
+  Strides strides() const { return {c, w, h}; }
   // Whether the kernels can walk it in place: whole groups of float channels, side by side.
   bool in_place(const Plan& plan, const Plan::Task& task, int64_t multiplier) const {
     return is_float && multiplier == 1 && c == 1 && task.channels == plan.width();

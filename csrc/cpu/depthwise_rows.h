@@ -40,6 +40,7 @@ PROFIT_INLINE void quantize_row_(
     for (int64_t m = 0; m < groups; ++m) {
       const float* from = x.at(m, i);
       float* to = q.at(m, i);
+      __builtin_prefetch(from + x.ahead);
 #pragma GCC unroll 4
       for (int64_t j = 0; j < kGroup; j += PROFIT_LANES) {
         const Vec v = front(load(from + j), m * kGroup + j);
@@ -64,6 +65,7 @@ PROFIT_INLINE void quantize_row_keeping_(
       const float* from = x.at(m, i);
       float* to = q.at(m, i);
       const int64_t kept = (m * columns + i) * kGroup;
+      __builtin_prefetch(from + x.ahead);
 #pragma GCC unroll 4
       for (int64_t j = 0; j < kGroup; j += PROFIT_LANES) {
         const Vec v = front(load(from + j), m * kGroup + j);
@@ -166,6 +168,7 @@ PROFIT_TARGET void load_row(
       const S* pixel = from + i * strides.column + m * kGroup;
       float* out = to + (m * columns + i) * kGroup;
       const int64_t n = channels - m * kGroup;
+      __builtin_prefetch(pixel + strides.row);
       if (n >= kGroup) {
         widen(pixel, out, kGroup);
       } else {

@@ -28,10 +28,30 @@ PROFIT_INLINE V round_half_even(V v) {
   return (v + magic) - magic;
 }
 
+// The larger and the smaller of v and a limit; a NaN in v stays. (The instructions return their second operand there; from the
+// comparison written out, compilers make two instructions for a register.)
+template <typename V>
+PROFIT_INLINE V at_least(V v, V low) {
+  return v < low ? low : v;
+}
+template <typename V>
+PROFIT_INLINE V at_most(V v, V high) {
+  return v > high ? high : v;
+}
+#if PROFIT_LANES == 16
+PROFIT_INLINE Vec at_least(Vec v, Vec low) { return (Vec)_mm512_max_ps((__m512)low, (__m512)v); }
+PROFIT_INLINE Vec at_most(Vec v, Vec high) { return (Vec)_mm512_min_ps((__m512)high, (__m512)v); }
+#elif PROFIT_LANES == 8
+PROFIT_INLINE Vec at_least(Vec v, Vec low) { return (Vec)_mm256_max_ps((__m256)low, (__m256)v); }
+PROFIT_INLINE Vec at_most(Vec v, Vec high) { return (Vec)_mm256_min_ps((__m256)high, (__m256)v); }
+#elif defined(__SSE2__)
+PROFIT_INLINE Vec at_least(Vec v, Vec low) { return (Vec)_mm_max_ps((__m128)low, (__m128)v); }
+PROFIT_INLINE Vec at_most(Vec v, Vec high) { return (Vec)_mm_min_ps((__m128)high, (__m128)v); }
+#endif
+
 template <typename V>
 PROFIT_INLINE V clamp(V v, V low, V high) {
-  v = v < low ? low : v;
-  return v > high ? high : v;
+  return at_most(at_least(v, low), high);
 }
 
 #if PROFIT_LANES == 16
@@ -58,13 +78,13 @@ template <Activation act, typename V>
 PROFIT_INLINE V activate(V x) {
   const V zero = splat<V>(0);
   if constexpr (act == Activation::relu) {
-    return x < zero ? zero : x;
+    return at_least(x, zero);
   } else if constexpr (act == Activation::relu6) {
     return clamp(x, zero, splat<V>(6));
   } else if constexpr (act == Activation::hardswish) {
     // The first clamp changes nothing but -inf, whose product with 0 would be NaN.
     const V three = splat<V>(3), six = splat<V>(6);
-    return (x < -three ? -three : x) * clamp(x + three, zero, six) / six;
+    return at_least(x, -three) * clamp(x + three, zero, six) / six;
   } else {
     return x;
   }
@@ -92,8 +112,8 @@ template <Activation act>
 PROFIT_INLINE Vec activate_finite(Vec x) {
   if constexpr (act == Activation::hardswish) {
     const Vec three = splat<Vec>(3), six = splat<Vec>(6), huge = splat<Vec>(1e30f);
-    const Vec product = (x < -three ? -three : x) * clamp(x + three, splat<Vec>(0), six);
-    return divide(product > huge ? huge : product, six, splat<Vec>(1.0f / 6.0f));
+    const Vec product = at_least(x, -three) * clamp(x + three, splat<Vec>(0), six);
+    return divide(at_most(product, huge), six, splat<Vec>(1.0f / 6.0f));
   } else {
     return activate<act>(x);
   }
