@@ -146,7 +146,7 @@ Tensor duq_depthwise_forward(
         rows.start(task, image);
         for (int64_t row = task.first_row; row < task.end_row; ++row) {
           char* to = out.at(image, task.first_channel, row);
-          const Lanes lanes = in_place ? Lanes{reinterpret_cast<float*>(to), kGroup, out.w}
+          const Lanes lanes = in_place ? Lanes{reinterpret_cast<float*>(to), kGroup, out.w, out.h}
                                        : Lanes{buffer, g.out_width * kGroup, kGroup};
           kernels.forward(
               rows.window(row * g.stride_h), rows.group_stride(), w.data() + task.block * g.taps() * plan.width(),

@@ -184,7 +184,7 @@ class KeptRow {
     char* to = out_.at(image, task_.first_channel / g_.multiplier, y);
     const bool in_place = out_.in_place(plan_, task_, g_.multiplier);
     const ConstLanes gq{gq_ + g_.left * kGroup, group_stride(), kGroup};
-    const Lanes gx = in_place ? Lanes{reinterpret_cast<float*>(to), kGroup, out_.w}
+    const Lanes gx = in_place ? Lanes{reinterpret_cast<float*>(to), kGroup, out_.w, out_.h}
                               : Lanes{buffer_, g_.width * kGroup, kGroup};
     kernels_.finish(gq, u_, slope_, gx, g_.width, plan_.groups, quantizer_, row_sums_, sums_.data());
     if (!in_place) {

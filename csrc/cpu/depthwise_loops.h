@@ -10,7 +10,7 @@ namespace PROFIT_ISA {
 template <int K, int S, int T>
 PROFIT_INLINE void forward_tile(
     const float* const* rows, int64_t at, const float* weight, int64_t tap_stride, Vec bias, float* out,
-    int64_t out_column, const Taps& taps) {
+    int64_t out_column, int64_t ahead, const Taps& taps) {
   const int64_t kw = K > 0 ? K : taps.kw, stride = S > 0 ? S : taps.stride, dilation = K > 0 ? 1 : taps.dilation;
   Vec acc[T];
 #pragma GCC unroll 8
@@ -30,6 +30,7 @@ PROFIT_INLINE void forward_tile(
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
+    __builtin_prefetch(out + t * out_column + ahead, 1);
     store(out + t * out_column, acc[t]);
   }
 }
@@ -48,13 +49,13 @@ PROFIT_TARGET void forward_row(
       float* to = out.at(m, 0) + l;
       int64_t i = 0;
       for (; i + 8 <= columns; i += 8) {
-        forward_tile<K, S, 8>(rows, at + i * step * kGroup, w, lanes, b, to + i * out.column, out.column, taps);
+        forward_tile<K, S, 8>(rows, at + i * step * kGroup, w, lanes, b, to + i * out.column, out.column, out.ahead, taps);
       }
       for (; i + 4 <= columns; i += 4) {
-        forward_tile<K, S, 4>(rows, at + i * step * kGroup, w, lanes, b, to + i * out.column, out.column, taps);
+        forward_tile<K, S, 4>(rows, at + i * step * kGroup, w, lanes, b, to + i * out.column, out.column, out.ahead, taps);
       }
       for (; i < columns; ++i) {
-        forward_tile<K, S, 1>(rows, at + i * step * kGroup, w, lanes, b, to + i * out.column, out.column, taps);
+        forward_tile<K, S, 1>(rows, at + i * step * kGroup, w, lanes, b, to + i * out.column, out.column, out.ahead, taps);
       }
     }
   }

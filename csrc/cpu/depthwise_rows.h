@@ -103,6 +103,7 @@ PROFIT_INLINE void finish_row_(
       float* sum_a = row_sums + m * kGroup;
       float* sum_c = sum_a + lanes;
       const int64_t kept = (m * columns + i) * kGroup;
+      __builtin_prefetch(to + gx.ahead, 1);
 #pragma GCC unroll 4
       for (int64_t j = 0; j < kGroup; j += PROFIT_LANES) {
         const Vec g = load(from + j);
