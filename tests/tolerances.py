@@ -18,6 +18,10 @@ KL = {"rtol": 1e-6, "atol": 1e-10}
 GOLDEN_KL = {"rtol": 1e-4, "atol": 1e-9}
 # Two float32 convolutions of one definition whose sums run in another order.
 CONV = {"rtol": 1e-5, "atol": 1e-5}
+# Sums over a whole map in float32 (weight and bias gradients), relative to the sum of the magnitudes of their terms.
+MAP_SUM_OF_MAGNITUDE = 1e-6
+# The same convolutions with a bfloat16 or float16 result: one rounding to the output's dtype, on values of order 1.
+CONV_HALF = {torch.bfloat16: {"rtol": 2**-8, "atol": 2**-10}, torch.float16: {"rtol": 2**-11, "atol": 2**-13}}
 CONV64 = {"rtol": 1e-12, "atol": 1e-12}
 # The same formula through autograd and spelled out: element-wise a few roundings; sums of 360 terms of mixed sign.
 TEXTBOOK = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.float64: {"rtol": 1e-12, "atol": 1e-12}}

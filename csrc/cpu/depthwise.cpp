@@ -56,9 +56,10 @@ bool suggests_channels_last(const Tensor& t) {
   return true;
 }
 
-Tensor empty_output(const Geometry& g, const Tensor& x, const Tensor& weight) {
+// [N, channels, h, w] of the dtype of x and the memory format that torch's own convolution would choose.
+Tensor empty(const Tensor& x, const Tensor& weight, int64_t channels, int64_t h, int64_t w) {
   const bool last = suggests_channels_last(x) || suggests_channels_last(weight);
-  const std::vector<int64_t> sizes = {g.images, g.channels(), g.out_height, g.out_width};
+  const std::vector<int64_t> sizes = {x.size(0), channels, h, w};
   return torch::stable::empty(
       sizes, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
       last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
@@ -118,9 +119,10 @@ Tensor duq_depthwise_forward(
     std::vector<int64_t> dilation, std::optional<int64_t> act_bits, std::optional<int64_t> weight_bits, bool is_signed,
     double offset, int64_t activation, double pad_value) {
   const Geometry g = geometry(x, weight, stride, padding, dilation);
+  STD_TORCH_CHECK(0 <= activation && activation <= 3, "depthwise: unknown activation ", activation);
   check_side("act", a_x, c_x, act_bits);
   check_side("weight", a_w, c_w, weight_bits);
-  Tensor y = empty_output(g, x, weight);
+  Tensor y = empty(x, weight, g.channels(), g.out_height, g.out_width);
   const Plan plan(g, g.out_height, g.height * g.width);
   if (plan.tasks() == 0) {
     return y;
@@ -170,13 +172,14 @@ duq_depthwise_backward(
     std::vector<int64_t> padding, std::vector<int64_t> dilation, std::optional<int64_t> act_bits,
     std::optional<int64_t> weight_bits, bool is_signed, double offset, int64_t activation, double pad_value) {
   const Geometry g = geometry(x, weight, stride, padding, dilation);
+  STD_TORCH_CHECK(0 <= activation && activation <= 3, "depthwise: unknown activation ", activation);
   check_side("act", a_x, c_x, act_bits);
   check_side("weight", a_w, c_w, weight_bits);
   STD_TORCH_CHECK(
       grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.dim() == 4 && grad.size(0) == g.images &&
           grad.size(1) == g.channels() && grad.size(2) == g.out_height && grad.size(3) == g.out_width,
       "depthwise: grad must have the shape of the output and the dtype of x");
-  Tensor gx = torch::stable::empty_like(x);
+  Tensor gx = empty(x, weight, g.in_channels, g.height, g.width);
   const Plan plan(g, g.padded_height(), g.height * g.width);
   const auto type = x.scalar_type();
   const std::vector<float> w = pack(quantized_weight(weight, a_w, c_w, weight_bits), type, plan, g.taps());

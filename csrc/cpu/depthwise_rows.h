@@ -110,8 +110,8 @@ PROFIT_INLINE void finish_row_(
         Vec gh = g;
         if constexpr (quantized) {
           const Vec v = load(u + kept + j);
-          gh = (v > k.lo) & (v < splat<Vec>(1)) ? g * k.ratio : Vec{};
-          store(sum_a + j, load(sum_a + j) + gh * v);  // a NaN is seen in the sum
+          gh = g * ((v > k.lo) & (v < splat<Vec>(1)) ? k.ratio : Vec{});  // a NaN in g stays one
+          store(sum_a + j, load(sum_a + j) + gh * v);
           store(sum_c + j, load(sum_c + j) + g * round_half_even(v * k.s));
         }
         if constexpr (act != Activation::none) {

@@ -28,7 +28,7 @@ PROFIT_TARGET void backward(
     const T clipped = clamp(u, lo, T(1));
     const T code = round_half_even(clipped * s);
     const bool inside = (u > lo) & (u < T(1));
-    const T gh = inside ? g * ratio : T(0);
+    const T gh = g * (inside ? ratio : T(0));  // a NaN in g stays one
     gx[i] = gh * activate_grad<act>(x[i]);
     // With the clipped u an infinity outside adds 0, and a NaN is seen in the sum.
     sum_a += static_cast<double>(gh * clipped);

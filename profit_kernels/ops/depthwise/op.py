@@ -11,7 +11,7 @@ from ... import dispatch
 from ...checks import check_bits, check_quantizer, pads, pair
 from ..duq.op import duq_fake_quantize, no_double_backward
 from ..duq.reference import ACTIVATIONS
-from . import cpp, reference
+from . import cpp, layout, reference
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
 _QUANT = "int? act_bits, int? weight_bits, bool signed, float offset, str activation, float pad_value"
@@ -63,11 +63,38 @@ def _duq_depthwise_backward(grad, x, weight, *rest):
     return reference.duq_depthwise_backward(grad, x, weight, *rest)
 
 
-# The fakes run the reference on meta tensors: a convolution's memory format is torch's to decide.
-torch.library.register_fake("profit_kernels::depthwise_conv2d", reference.depthwise)
-torch.library.register_fake("profit_kernels::depthwise_conv2d_backward", reference.depthwise_backward)
-torch.library.register_fake("profit_kernels::duq_depthwise_conv2d", reference.duq_depthwise)
-torch.library.register_fake("profit_kernels::duq_depthwise_conv2d_backward", reference.duq_depthwise_backward)
+# The reference's fakes run it on meta tensors: a convolution's memory format is torch's to decide. A kernel's is ours.
+@torch.library.register_fake("profit_kernels::depthwise_conv2d")
+def _(x, weight, bias, stride, padding, dilation, pad_value):
+    if dispatch.choose("depthwise", x) == "reference":
+        return reference.depthwise(x, weight, bias, stride, padding, dilation, pad_value)
+    return layout.output(x, weight, stride, padding, dilation)
+
+
+@torch.library.register_fake("profit_kernels::depthwise_conv2d_backward")
+def _(grad, x, weight, has_bias, stride, padding, dilation, pad_value):
+    if dispatch.choose("depthwise", x) == "reference":
+        return reference.depthwise_backward(grad, x, weight, has_bias, stride, padding, dilation, pad_value)
+    return (*layout.gradients(x, weight), x.new_empty(weight.shape[0]) if has_bias else None)
+
+
+@torch.library.register_fake("profit_kernels::duq_depthwise_conv2d")
+def _(x, weight, a_x, c_x, a_w, c_w, bias, stride, padding, dilation, *quant):
+    if dispatch.choose("duq_depthwise", x) == "reference":
+        return reference.duq_depthwise(x, weight, a_x, c_x, a_w, c_w, bias, stride, padding, dilation, *quant)
+    return layout.output(x, weight, stride, padding, dilation)
+
+
+@torch.library.register_fake("profit_kernels::duq_depthwise_conv2d_backward")
+def _(grad, x, weight, a_x, c_x, a_w, c_w, bias, stride, padding, dilation, act_bits, weight_bits, *quant):
+    if dispatch.choose("duq_depthwise", x) == "reference":
+        return reference.duq_depthwise_backward(
+            grad, x, weight, a_x, c_x, a_w, c_w, bias, stride, padding, dilation, act_bits, weight_bits, *quant
+        )
+    of_input = (None, None) if act_bits is None else (torch.empty_like(a_x), torch.empty_like(c_x))
+    of_weight = (None, None) if weight_bits is None else (torch.empty_like(a_w), torch.empty_like(c_w))
+    of_bias = None if bias is None else torch.empty_like(bias)
+    return *layout.gradients(x, weight), *of_input, *of_weight, of_bias
 
 
 def _setup_depthwise(ctx, inputs, output):
