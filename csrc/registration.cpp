@@ -12,6 +12,11 @@ STABLE_TORCH_LIBRARY(profit_cpu, m) {
   m.def(
       "duq_backward(Tensor grad, Tensor x, Tensor a, Tensor c, int bits, bool is_signed, float offset, int activation)"
       " -> (Tensor gx, Tensor ga, Tensor gc)");
+  m.def("duq_weights_forward(Tensor[] weights, Tensor[] a, Tensor[] c, int[] bits) -> Tensor[]");
+  m.def(
+      "duq_weights_backward(Tensor[] grads, Tensor[] weights, Tensor[] a, Tensor[] c, int[] bits) -> Tensor[]");
+  m.def(
+      "duq_codes(Tensor x, Tensor a, int bits, bool is_signed, float offset, int activation, Tensor(a!) codes) -> bool");
   m.def(
       "duq_depthwise_forward(Tensor x, Tensor weight, Tensor? a_x, Tensor? c_x, Tensor? a_w, Tensor? c_w, Tensor? bias,"
       " int[] stride, int[] padding, int[] dilation, int? act_bits, int? weight_bits, bool is_signed, float offset,"
@@ -28,6 +33,9 @@ STABLE_TORCH_LIBRARY(profit_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CPU, m) {
   m.impl("duq_forward", TORCH_BOX(&profit::cpu::duq_forward));
   m.impl("duq_backward", TORCH_BOX(&profit::cpu::duq_backward));
+  m.impl("duq_weights_forward", TORCH_BOX(&profit::cpu::duq_weights_forward));
+  m.impl("duq_weights_backward", TORCH_BOX(&profit::cpu::duq_weights_backward));
+  m.impl("duq_codes", TORCH_BOX(&profit::cpu::duq_codes));
   m.impl("duq_depthwise_forward", TORCH_BOX(&profit::cpu::duq_depthwise_forward));
   m.impl("duq_depthwise_backward", TORCH_BOX(&profit::cpu::duq_depthwise_backward));
 }

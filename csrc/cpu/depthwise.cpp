@@ -25,15 +25,13 @@ void check_side(const char* side, const std::optional<Tensor>& a, const std::opt
   }
 }
 
-Quantizer input_quantizer(
+Quantizer<float> input_quantizer(
     const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits, bool is_signed, double offset) {
   if (!bits.has_value()) {
     return {};
   }
   STD_TORCH_CHECK(a->numel() == 1 && c->numel() == 1, "depthwise: the input has one interval and one scale");
-  const float A = softplus(values<float>(*a)[0]), C = softplus(values<float>(*c)[0]);
-  const float lo = is_signed ? -1.0f : 0.0f, s = static_cast<float>(steps(*bits, is_signed));
-  return {A, 1.0f / A, static_cast<float>(offset), lo, lo * A, s, C / s, C / A};
+  return {softplus(values<float>(*a)[0]), softplus(values<float>(*c)[0]), *bits, is_signed, offset};
 }
 
 Tensor quantized_weight(
@@ -131,7 +129,7 @@ Tensor duq_depthwise_forward(
   const std::vector<float> w = pack(quantized_weight(weight, a_w, c_w, weight_bits), type, plan, g.taps());
   const std::vector<float> b =
       bias.has_value() ? pack(*bias, type, plan, 1) : std::vector<float>(plan.blocks * plan.width(), 0.0f);
-  const Quantizer quantizer = input_quantizer(a_x, c_x, act_bits, is_signed, offset);
+  const Quantizer<float> quantizer = input_quantizer(a_x, c_x, act_bits, is_signed, offset);
   const RowKernels kernels =
       row_kernels(type, act_bits.has_value(), static_cast<Activation>(activation), quantizer, g.row_taps());
   const TensorRows in = TensorRows::of(x, false), out = TensorRows::of(y, true);
@@ -183,7 +181,7 @@ duq_depthwise_backward(
   const Plan plan(g, g.padded_height(), g.height * g.width);
   const auto type = x.scalar_type();
   const std::vector<float> w = pack(quantized_weight(weight, a_w, c_w, weight_bits), type, plan, g.taps());
-  const Quantizer quantizer = input_quantizer(a_x, c_x, act_bits, is_signed, offset);
+  const Quantizer<float> quantizer = input_quantizer(a_x, c_x, act_bits, is_signed, offset);
   const RowKernels kernels =
       row_kernels(type, act_bits.has_value(), static_cast<Activation>(activation), quantizer, g.row_taps());
   const TensorRows in = TensorRows::of(x, false), upstream = TensorRows::of(grad, false), out = TensorRows::of(gx, true);

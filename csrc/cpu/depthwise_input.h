@@ -20,7 +20,7 @@ class QuantizedRows {
   }
 
   QuantizedRows(
-      const Geometry& g, const Plan& plan, const RowKernels& kernels, const Quantizer& quantizer, const TensorRows& in,
+      const Geometry& g, const Plan& plan, const RowKernels& kernels, const Quantizer<float>& quantizer, const TensorRows& in,
       float pad_value, Scratch& scratch)
       : g_(g), plan_(plan), kernels_(kernels), quantizer_(quantizer), in_(in), pad_value_(pad_value) {
     for (int64_t slot = 0; slot < ring(g); ++slot) {
@@ -76,7 +76,7 @@ class QuantizedRows {
   const Geometry& g_;
   const Plan& plan_;
   const RowKernels& kernels_;
-  const Quantizer& quantizer_;
+  const Quantizer<float>& quantizer_;
   const TensorRows& in_;
   const float pad_value_;
   std::vector<float*> slots_;
@@ -145,7 +145,7 @@ class KeptRow {
   }
 
   KeptRow(
-      const Geometry& g, const Plan& plan, const RowKernels& kernels, const Quantizer& quantizer, const TensorRows& in,
+      const Geometry& g, const Plan& plan, const RowKernels& kernels, const Quantizer<float>& quantizer, const TensorRows& in,
       const TensorRows& out, float pad_value, Scratch& scratch)
       : g_(g), plan_(plan), kernels_(kernels), quantizer_(quantizer), in_(in), out_(out) {
     const int64_t padded = g.padded_width() * plan.width(), plain = g.width * plan.width();
@@ -208,7 +208,7 @@ class KeptRow {
   const Geometry& g_;
   const Plan& plan_;
   const RowKernels& kernels_;
-  const Quantizer& quantizer_;
+  const Quantizer<float>& quantizer_;
   const TensorRows &in_, &out_;
   float *q_, *gq_, *u_, *slope_, *buffer_, *row_sums_;
   std::vector<double> sums_;  // [2][lane]

@@ -24,15 +24,12 @@ using torch::headeronly::ScalarType;
 #define PROFIT_LOOPS "depthwise_loops.h"
 #include "for_each_isa.h"
 
-// The division through the inverse needs room above and below A; an interval out there is divided the plain way.
-bool ordinary(float A) { return 0x1p-60f < A && A < 0x1p60f; }
-
 }  // namespace
 
 RowKernels row_kernels(
-    ScalarType type, bool quantized, Activation activation, const Quantizer& quantizer, const Taps& taps) {
+    ScalarType type, bool quantized, Activation activation, const Quantizer<float>& quantizer, const Taps& taps) {
 #if defined(__x86_64__)
-  if (!quantized || ordinary(quantizer.A)) {
+  if (!quantized || quantizer.is_ordinary()) {
     switch (static_cast<Isa>(isa())) {
       case Isa::avx512:
         return avx512::kernels(type, quantized, activation, taps);

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "duq.h"
+#include "parameters.h"
 
 namespace profit::cpu {
 
@@ -34,21 +35,16 @@ struct Taps {
   int64_t kh, kw, stride, dilation;
 };
 
-// The input quantizer. inverse = 1 / A; low = lo * A; step = C / s; ratio = C / A.
-struct Quantizer {
-  float A, inverse, d, lo, low, s, step, ratio;
-};
-
 // What each does stands at its definition in depthwise_rows.h and depthwise_loops.h.
 struct RowKernels {
   void (*load)(const void* from, Strides, float* to, int64_t columns, int64_t channels, int64_t groups, int64_t multiplier);
   void (*store)(const float* from, void* to, Strides, int64_t columns, int64_t channels, int64_t groups, int64_t multiplier);
   void (*round)(Lanes q, int64_t columns, int64_t groups);
-  void (*quantize)(ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer&);
+  void (*quantize)(ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer<float>&);
   void (*quantize_keeping)(
-      ConstLanes x, Lanes q, float* u, float* slope, int64_t columns, int64_t groups, const Quantizer&);
+      ConstLanes x, Lanes q, float* u, float* slope, int64_t columns, int64_t groups, const Quantizer<float>&);
   void (*finish)(
-      ConstLanes gq, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups, const Quantizer&,
+      ConstLanes gq, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups, const Quantizer<float>&,
       float* row_sums, double* sums);
   void (*sum)(const float* g, float* sums, int64_t columns, int64_t groups);
   void (*forward)(
@@ -61,6 +57,6 @@ struct RowKernels {
 
 // The table for the instruction set in use (isa.h). `type` is that of x; `quantized` false lets act(x) pass through.
 RowKernels row_kernels(
-    torch::headeronly::ScalarType type, bool quantized, Activation activation, const Quantizer&, const Taps&);
+    torch::headeronly::ScalarType type, bool quantized, Activation activation, const Quantizer<float>&, const Taps&);
 
 }  // namespace profit::cpu

@@ -11,30 +11,10 @@ struct NoFront {
   PROFIT_INLINE Vec operator()(Vec x, int64_t /*lane*/) const { return x; }
 };
 
-// The input quantizer, spread over a register.
-struct VecQuantizer {
-  Vec A, inverse, d, lo, low, s, step, ratio;
-  PROFIT_INLINE explicit VecQuantizer(const Quantizer& k)
-      : A(splat<Vec>(k.A)),
-        inverse(splat<Vec>(k.inverse)),
-        d(splat<Vec>(k.d)),
-        lo(splat<Vec>(k.lo)),
-        low(splat<Vec>(k.low)),
-        s(splat<Vec>(k.s)),
-        step(splat<Vec>(k.step)),
-        ratio(splat<Vec>(k.ratio)) {}
-
-  // clip((act(x) - d) / A, lo, 1), with the clip in front of the division, where it costs no infinity.
-  template <Activation act>
-  PROFIT_INLINE Vec clipped(Vec x) const {
-    return divide(clamp(activate_finite<act>(x) - d, low, A), A, inverse);
-  }
-};
-
 // q = duq(act(x)), or act(x) alone.
 template <Activation act, bool quantized, typename Front>
 PROFIT_INLINE void quantize_row_(
-    ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer& quantizer, const Front& front) {
+    ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer<float>& quantizer, const Front& front) {
   const VecQuantizer k(quantizer);
   for (int64_t i = 0; i < columns; ++i) {
     for (int64_t m = 0; m < groups; ++m) {
@@ -45,7 +25,7 @@ PROFIT_INLINE void quantize_row_(
       for (int64_t j = 0; j < kGroup; j += PROFIT_LANES) {
         const Vec v = front(load(from + j), m * kGroup + j);
         if constexpr (quantized) {
-          store(to + j, round_half_even(k.clipped<act>(v) * k.s) * k.step + k.d);
+          store(to + j, k.value(k.code(k.clipped<act>(v))));
         } else {
           store(to + j, activate<act>(v));
         }
@@ -57,7 +37,7 @@ PROFIT_INLINE void quantize_row_(
 // Also keeps what the gradient needs: u, the clipped (h - d) / A, and the slope act'(x).
 template <Activation act, bool quantized, typename Front>
 PROFIT_INLINE void quantize_row_keeping_(
-    ConstLanes x, Lanes q, float* u, float* slope, int64_t columns, int64_t groups, const Quantizer& quantizer,
+    ConstLanes x, Lanes q, float* u, float* slope, int64_t columns, int64_t groups, const Quantizer<float>& quantizer,
     const Front& front) {
   const VecQuantizer k(quantizer);
   for (int64_t i = 0; i < columns; ++i) {
@@ -72,7 +52,7 @@ PROFIT_INLINE void quantize_row_keeping_(
         if constexpr (quantized) {
           const Vec clipped = k.clipped<act>(v);
           store(u + kept + j, clipped);
-          store(to + j, round_half_even(clipped * k.s) * k.step + k.d);
+          store(to + j, k.value(k.code(clipped)));
         } else {
           store(to + j, activate<act>(v));
         }
@@ -90,7 +70,7 @@ PROFIT_INLINE void quantize_row_keeping_(
 template <Activation act, bool quantized>
 PROFIT_INLINE void finish_row_(
     ConstLanes gq, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups,
-    const Quantizer& quantizer, float* row_sums, double* sums) {
+    const Quantizer<float>& quantizer, float* row_sums, double* sums) {
   const VecQuantizer k(quantizer);
   const int64_t lanes = groups * kGroup;
   if constexpr (quantized) {
@@ -110,9 +90,9 @@ PROFIT_INLINE void finish_row_(
         Vec gh = g;
         if constexpr (quantized) {
           const Vec v = load(u + kept + j);
-          gh = g * ((v > k.lo) & (v < splat<Vec>(1)) ? k.ratio : Vec{});  // a NaN in g stays one
+          gh = g * k.slope(v);
           store(sum_a + j, load(sum_a + j) + gh * v);
-          store(sum_c + j, load(sum_c + j) + g * round_half_even(v * k.s));
+          store(sum_c + j, load(sum_c + j) + g * k.code(v));
         }
         if constexpr (act != Activation::none) {
           gh *= load(slope + kept + j);
@@ -130,19 +110,19 @@ PROFIT_INLINE void finish_row_(
 
 template <Activation act, bool quantized>
 PROFIT_TARGET void quantize_row(
-    ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer& k) {
+    ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer<float>& k) {
   quantize_row_<act, quantized>(x, q, columns, groups, k, NoFront{});
 }
 
 template <Activation act, bool quantized>
 PROFIT_TARGET void quantize_row_keeping(
-    ConstLanes x, Lanes q, float* u, float* slope, int64_t columns, int64_t groups, const Quantizer& k) {
+    ConstLanes x, Lanes q, float* u, float* slope, int64_t columns, int64_t groups, const Quantizer<float>& k) {
   quantize_row_keeping_<act, quantized>(x, q, u, slope, columns, groups, k, NoFront{});
 }
 
 template <Activation act, bool quantized>
 PROFIT_TARGET void finish_row(
-    ConstLanes gq, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups, const Quantizer& k,
+    ConstLanes gq, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups, const Quantizer<float>& k,
     float* row_sums, double* sums) {
   finish_row_<act, quantized>(gq, u, slope, gx, columns, groups, k, row_sums, sums);
 }

@@ -107,10 +107,10 @@ PROFIT_INLINE V activate_grad(V x) {
   }
 }
 
-// act(x) for a quantizer that clips at A < 2^60: finite, also where x is not, and without a division.
+// act(x) for a quantizer that clips at an ordinary A: h-swish finite, also where x is not, and without a division.
 template <Activation act>
-PROFIT_INLINE Vec activate_finite(Vec x) {
-  if constexpr (act == Activation::hardswish) {
+PROFIT_INLINE Vec activate_to_clip(Vec x) {
+  if constexpr (act == Activation::hardswish && PROFIT_LANES > 4) {
     const Vec three = splat<Vec>(3), six = splat<Vec>(6), huge = splat<Vec>(1e30f);
     const Vec product = at_least(x, -three) * clamp(x + three, splat<Vec>(0), six);
     return divide(at_most(product, huge), six, splat<Vec>(1.0f / 6.0f));
@@ -118,6 +118,30 @@ PROFIT_INLINE Vec activate_finite(Vec x) {
     return activate<act>(x);
   }
 }
+
+// A quantizer spread over registers. With PROFIT_LANES of 4 it divides and serves any A; otherwise see is_ordinary.
+struct VecQuantizer {
+  Vec A, inverse, d, lo, low, s, step, ratio;
+  PROFIT_INLINE explicit VecQuantizer(const Quantizer<float>& k)
+      : A(splat<Vec>(k.A)),
+        inverse(splat<Vec>(k.inverse)),
+        d(splat<Vec>(k.d)),
+        lo(splat<Vec>(k.lo)),
+        low(splat<Vec>(k.low)),
+        s(splat<Vec>(k.s)),
+        step(splat<Vec>(k.step)),
+        ratio(splat<Vec>(k.ratio)) {}
+
+  // u = clip((act(x) - d) / A, lo, 1), with the clip in front of the division, where it costs no infinity.
+  template <Activation act>
+  PROFIT_INLINE Vec clipped(Vec x) const {
+    return divide(clamp(activate_to_clip<act>(x) - d, low, A), A, inverse);
+  }
+  PROFIT_INLINE Vec code(Vec u) const { return round_half_even(u * s); }
+  PROFIT_INLINE Vec value(Vec code) const { return code * step + d; }
+  // C / A inside the clip, else 0: a factor, so that a NaN in the upstream gradient stays one.
+  PROFIT_INLINE Vec slope(Vec u) const { return (u > lo) & (u < splat<Vec>(1)) ? ratio : Vec{}; }
+};
 
 PROFIT_TARGET inline void widen(const float* __restrict from, float* __restrict to, int64_t n) {
   std::memcpy(to, from, n * sizeof(float));

@@ -13,6 +13,27 @@ namespace profit::cpu {
 
 using torch::stable::Tensor;
 
+// A, C: clipping interval and output scale; d: offset; lo: lower end of the clip; s: number of steps.
+// inverse = 1 / A; low = lo * A; step = C / s; ratio = C / A.
+template <typename T>
+struct Quantizer {
+  T A, inverse, d, lo, low, s, step, ratio;
+
+  Quantizer() = default;
+  Quantizer(T A, T C, int64_t bits, bool is_signed, double offset)
+      : A(A),
+        inverse(T(1) / A),
+        d(static_cast<T>(offset)),
+        lo(is_signed ? T(-1) : T(0)),
+        low(lo * A),
+        s(static_cast<T>(is_signed ? (int64_t{1} << (bits - 1)) - 1 : (int64_t{1} << bits) - 1)),
+        step(C / s),
+        ratio(C / A) {}
+
+  // The loops that divide by way of the inverse need room above and below A.
+  bool is_ordinary() const { return T(0x1p-60) < A && A < T(0x1p60); }
+};
+
 // As torch.nn.functional.softplus: the identity above 20, where the difference is below one unit in the last place.
 template <typename T>
 T softplus(T v) {
@@ -21,16 +42,15 @@ T softplus(T v) {
 
 inline double sigmoid(double v) { return 1.0 / (1.0 + std::exp(-v)); }
 
-// Number of quantization steps between 0 and 1.
-inline int64_t steps(int64_t bits, bool is_signed) {
-  return is_signed ? (int64_t{1} << (bits - 1)) - 1 : (int64_t{1} << bits) - 1;
+template <typename T>
+constexpr torch::headeronly::ScalarType scalar_type() {
+  return std::is_same_v<T, double> ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
 }
 
 // The values of a raw parameter as T: a whole model may have been moved to bfloat16, parameters of quantizers included.
 template <typename T>
 std::vector<T> values(const Tensor& raw) {
-  const auto type = std::is_same_v<T, double> ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
-  Tensor same = raw.scalar_type() == type ? raw : torch::stable::to(raw, type);
+  Tensor same = raw.scalar_type() == scalar_type<T>() ? raw : torch::stable::to(raw, scalar_type<T>());
   if (!same.is_contiguous()) {
     same = torch::stable::contiguous(same);
   }
@@ -46,13 +66,12 @@ Tensor parameter_grad(const Tensor& raw, const std::vector<double>& per_channel)
   for (size_t i = 0; i < per_channel.size(); ++i) {
     total[v.size() > 1 ? i : 0] += per_channel[i];
   }
-  const auto type = std::is_same_v<T, double> ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
-  Tensor grad = torch::stable::empty(raw.sizes(), type);
+  Tensor grad = torch::stable::empty(raw.sizes(), scalar_type<T>());
   T* g = static_cast<T*>(grad.mutable_data_ptr());
   for (size_t i = 0; i < v.size(); ++i) {
     g[i] = static_cast<T>(total[i] * sigmoid(static_cast<double>(v[i])));
   }
-  return raw.scalar_type() == type ? grad : torch::stable::to(grad, raw.scalar_type());
+  return raw.scalar_type() == scalar_type<T>() ? grad : torch::stable::to(grad, raw.scalar_type());
 }
 
 }  // namespace profit::cpu

@@ -55,7 +55,10 @@ def _duq_backward(grad, x, a, c, bits, signed, offset, activation):
 
 @torch.library.impl("profit_kernels::duq_codes", "default")
 def _duq_codes(x, a, bits, signed, offset, activation):
-    if dispatch.choose("duq_codes", x) == "triton":
+    backend = dispatch.choose("duq_codes", x)
+    if backend == "cpp":
+        return cpp.codes(x, a, bits, signed, offset, activation)
+    if backend == "triton":
         from . import launch
 
         return launch.codes(x, a, bits, signed, offset, activation)
@@ -64,7 +67,10 @@ def _duq_codes(x, a, bits, signed, offset, activation):
 
 @torch.library.impl("profit_kernels::duq_weights", "default")
 def _duq_weights(weights, a, c, bits):
-    if dispatch.choose("duq_weights", weights[0]) == "triton":
+    backend = dispatch.choose("duq_weights", weights[0])
+    if backend == "cpp":
+        return cpp.weights_forward(weights, a, c, bits)
+    if backend == "triton":
         from . import weights_launch
 
         return weights_launch.forward(weights, a, c, bits)
@@ -73,7 +79,10 @@ def _duq_weights(weights, a, c, bits):
 
 @torch.library.impl("profit_kernels::duq_weights_backward", "default")
 def _duq_weights_backward(grads, weights, a, c, bits):
-    if dispatch.choose("duq_weights", weights[0]) == "triton":
+    backend = dispatch.choose("duq_weights", weights[0])
+    if backend == "cpp":
+        return cpp.weights_backward(grads, weights, a, c, bits)
+    if backend == "triton":
         from . import weights_launch
 
         return weights_launch.backward(grads, weights, a, c, bits)
