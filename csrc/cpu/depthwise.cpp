@@ -141,7 +141,7 @@ Tensor duq_depthwise_forward(
     float* buffer = scratch.take(row_floats);
     for (int64_t index = begin; index < end; ++index) {
       const Plan::Task task = plan.task(index);
-      const bool in_place = out.in_place(plan, task, 1);
+      const bool in_place = out.in_place(task, 1);
       for (int64_t image = task.first_image; image < task.end_image; ++image) {
         rows.start(task, image);
         for (int64_t row = task.first_row; row < task.end_row; ++row) {
@@ -150,9 +150,9 @@ Tensor duq_depthwise_forward(
                                        : Lanes{buffer, g.out_width * kGroup, kGroup};
           kernels.forward(
               rows.window(row * g.stride_h), rows.group_stride(), w.data() + task.block * g.taps() * plan.width(),
-              b.data() + task.block * plan.width(), lanes, g.out_width, plan.groups, g.row_taps());
+              plan.width(), b.data() + task.block * plan.width(), lanes, g.out_width, task.groups, g.row_taps());
           if (!in_place) {
-            kernels.store(buffer, to, out.strides(), g.out_width, task.channels, plan.groups, 1);
+            kernels.store(buffer, to, out.strides(), g.out_width, task.channels, task.groups, 1);
           }
         }
       }
@@ -216,13 +216,15 @@ duq_depthwise_backward(
             if (inside) {
               kernels.backward(
                   upstream_row, row.q(), row.gq(), row.group_stride(), weights + ky * g.kw * plan.width(), gw_ky,
-                  g.out_width, plan.groups, g.row_taps());
+                  plan.width(), g.out_width, task.groups, g.row_taps());
             } else {
-              for (int64_t i = 0; i < g.kw * plan.width(); ++i) {
-                gw_ky[i] += static_cast<float>(pad_value) * sums[i % plan.width()];
+              for (int64_t kx = 0; kx < g.kw; ++kx) {
+                for (int64_t i = 0; i < task.channels; ++i) {
+                  gw_ky[kx * plan.width() + i] += static_cast<float>(pad_value) * sums[i];
+                }
               }
             }
-            for (int64_t i = 0; ky == 0 && i < plan.width(); ++i) {
+            for (int64_t i = 0; ky == 0 && i < task.channels; ++i) {
               gb[i] += sums[i];
             }
           }

@@ -22,7 +22,7 @@ class QuantizedRows {
   QuantizedRows(
       const Geometry& g, const Plan& plan, const RowKernels& kernels, const Quantizer<float>& quantizer, const TensorRows& in,
       float pad_value, Scratch& scratch)
-      : g_(g), plan_(plan), kernels_(kernels), quantizer_(quantizer), in_(in), pad_value_(pad_value) {
+      : g_(g), kernels_(kernels), quantizer_(quantizer), in_(in), pad_value_(pad_value) {
     for (int64_t slot = 0; slot < ring(g); ++slot) {
       slots_.push_back(scratch.take(row_floats(g, plan)));
       std::fill_n(slots_.back(), row_floats(g, plan), pad_value);
@@ -56,25 +56,24 @@ class QuantizedRows {
   void fill(float* slot, int64_t row) {
     const Lanes q{slot + g_.left * kGroup, group_stride(), kGroup};
     if (row < 0 || row >= g_.height) {
-      for (int64_t m = 0; m < plan_.groups; ++m) {
+      for (int64_t m = 0; m < task_.groups; ++m) {
         std::fill_n(q.at(m, 0), g_.width * kGroup, pad_value_);
       }
       return;
     }
     const char* from = in_.at(image_, task_.first_channel / g_.multiplier, row);
     ConstLanes x{reinterpret_cast<const float*>(from), kGroup, in_.w, in_.h};
-    if (!in_.in_place(plan_, task_, g_.multiplier)) {
-      kernels_.load(from, in_.strides(), loaded_, g_.width, task_.channels, plan_.groups, g_.multiplier);
+    if (!in_.in_place(task_, g_.multiplier)) {
+      kernels_.load(from, in_.strides(), loaded_, g_.width, task_.channels, task_.groups, g_.multiplier);
       x = {loaded_, g_.width * kGroup, kGroup};
     }
-    kernels_.quantize(x, q, g_.width, plan_.groups, quantizer_);
+    kernels_.quantize(x, q, g_.width, task_.groups, quantizer_);
     if (!in_.is_float) {
-      kernels_.round(q, g_.width, plan_.groups);
+      kernels_.round(q, g_.width, task_.groups);
     }
   }
 
   const Geometry& g_;
-  const Plan& plan_;
   const RowKernels& kernels_;
   const Quantizer<float>& quantizer_;
   const TensorRows& in_;
@@ -97,7 +96,7 @@ class GradientRows {
   }
 
   GradientRows(const Geometry& g, const Plan& plan, const RowKernels& kernels, const TensorRows& grad, Scratch& scratch)
-      : g_(g), plan_(plan), kernels_(kernels), grad_(grad) {
+      : g_(g), kernels_(kernels), grad_(grad) {
     for (int64_t slot = 0; slot < ring(g); ++slot) {
       slots_.push_back(scratch.take(row_floats(g, plan)));
       sums_.push_back(scratch.take(plan.width()));
@@ -119,15 +118,14 @@ class GradientRows {
     if (held_[slot] != y) {
       kernels_.load(
           grad_.at(image_, task_.first_channel, y), grad_.strides(), slots_[slot], g_.out_width, task_.channels,
-          plan_.groups, 1);
-      kernels_.sum(slots_[slot], sums_[slot], g_.out_width, plan_.groups);
+          task_.groups, 1);
+      kernels_.sum(slots_[slot], sums_[slot], g_.out_width, task_.groups);
       held_[slot] = y;
     }
     return slot;
   }
 
   const Geometry& g_;
-  const Plan& plan_;
   const RowKernels& kernels_;
   const TensorRows& grad_;
   std::vector<float*> slots_, sums_;
@@ -147,7 +145,7 @@ class KeptRow {
   KeptRow(
       const Geometry& g, const Plan& plan, const RowKernels& kernels, const Quantizer<float>& quantizer, const TensorRows& in,
       const TensorRows& out, float pad_value, Scratch& scratch)
-      : g_(g), plan_(plan), kernels_(kernels), quantizer_(quantizer), in_(in), out_(out) {
+      : g_(g), kernels_(kernels), quantizer_(quantizer), in_(in), out_(out) {
     const int64_t padded = g.padded_width() * plan.width(), plain = g.width * plan.width();
     q_ = scratch.take(padded);
     gq_ = scratch.take(padded);
@@ -167,36 +165,37 @@ class KeptRow {
   void load(int64_t image, int64_t y) {
     const char* from = in_.at(image, task_.first_channel / g_.multiplier, y);
     ConstLanes x{reinterpret_cast<const float*>(from), kGroup, in_.w, in_.h};
-    if (!in_.in_place(plan_, task_, g_.multiplier)) {
-      kernels_.load(from, in_.strides(), buffer_, g_.width, task_.channels, plan_.groups, g_.multiplier);
+    if (!in_.in_place(task_, g_.multiplier)) {
+      kernels_.load(from, in_.strides(), buffer_, g_.width, task_.channels, task_.groups, g_.multiplier);
       x = {buffer_, g_.width * kGroup, kGroup};
     }
     const Lanes q{q_ + g_.left * kGroup, group_stride(), kGroup};
-    kernels_.quantize_keeping(x, q, u_, slope_, g_.width, plan_.groups, quantizer_);
+    kernels_.quantize_keeping(x, q, u_, slope_, g_.width, task_.groups, quantizer_);
     if (!in_.is_float) {
-      kernels_.round(q, g_.width, plan_.groups);
+      kernels_.round(q, g_.width, task_.groups);
     }
-    std::fill_n(gq_, g_.padded_width() * plan_.width(), 0.0f);
+    std::fill_n(gq_, g_.padded_width() * task_.groups * kGroup, 0.0f);
   }
 
   // Writes the gradient of the row and adds to the sums of the intervals.
   void finish(int64_t image, int64_t y) {
     char* to = out_.at(image, task_.first_channel / g_.multiplier, y);
-    const bool in_place = out_.in_place(plan_, task_, g_.multiplier);
+    const bool in_place = out_.in_place(task_, g_.multiplier);
     const ConstLanes gq{gq_ + g_.left * kGroup, group_stride(), kGroup};
     const Lanes gx = in_place ? Lanes{reinterpret_cast<float*>(to), kGroup, out_.w, out_.h}
                               : Lanes{buffer_, g_.width * kGroup, kGroup};
-    kernels_.finish(gq, u_, slope_, gx, g_.width, plan_.groups, quantizer_, row_sums_, sums_.data());
+    kernels_.finish(gq, u_, slope_, gx, g_.width, task_.groups, quantizer_, row_sums_, sums_.data());
     if (!in_place) {
-      kernels_.store(buffer_, to, out_.strides(), g_.width, task_.channels, plan_.groups, g_.multiplier);
+      kernels_.store(buffer_, to, out_.strides(), g_.width, task_.channels, task_.groups, g_.multiplier);
     }
   }
 
   // The sums of the task over its lanes.
   void sums(double& a, double& c) const {
-    for (int64_t j = 0; j < plan_.width(); ++j) {
+    const int64_t lanes = task_.groups * kGroup;
+    for (int64_t j = 0; j < lanes; ++j) {
       a += sums_[j];
-      c += sums_[plan_.width() + j];
+      c += sums_[lanes + j];
     }
   }
 
@@ -206,7 +205,6 @@ class KeptRow {
 
  private:
   const Geometry& g_;
-  const Plan& plan_;
   const RowKernels& kernels_;
   const Quantizer<float>& quantizer_;
   const TensorRows &in_, &out_;

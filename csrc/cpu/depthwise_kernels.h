@@ -48,11 +48,11 @@ struct RowKernels {
       float* row_sums, double* sums);
   void (*sum)(const float* g, float* sums, int64_t columns, int64_t groups);
   void (*forward)(
-      const float* const* rows, int64_t row_group, const float* weight, const float* bias, Lanes out, int64_t columns,
-      int64_t groups, const Taps&);
+      const float* const* rows, int64_t row_group, const float* weight, int64_t lanes, const float* bias, Lanes out,
+      int64_t columns, int64_t groups, const Taps&);
   void (*backward)(
-      const float* g, const float* q, float* gq, int64_t row_group, const float* weight, float* gw, int64_t columns,
-      int64_t groups, const Taps&);
+      const float* g, const float* q, float* gq, int64_t row_group, const float* weight, float* gw, int64_t lanes,
+      int64_t columns, int64_t groups, const Taps&);
 };
 
 // The table for the instruction set in use (isa.h). `type` is that of x; `quantized` false lets act(x) pass through.

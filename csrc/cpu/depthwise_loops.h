@@ -35,12 +35,12 @@ PROFIT_INLINE void forward_tile(
   }
 }
 
-// One output row. rows: the kh input rows; row_group: between their groups. weight: [tap][lane].
+// One output row. rows: the kh input rows; row_group: between their groups. weight: [tap][lane], `lanes` of them.
 template <int K, int S>
 PROFIT_TARGET void forward_row(
-    const float* const* rows, int64_t row_group, const float* weight, const float* bias, Lanes out, int64_t columns,
-    int64_t groups, const Taps& taps) {
-  const int64_t lanes = groups * kGroup, step = S > 0 ? S : taps.stride;
+    const float* const* rows, int64_t row_group, const float* weight, int64_t lanes, const float* bias, Lanes out,
+    int64_t columns, int64_t groups, const Taps& taps) {
+  const int64_t step = S > 0 ? S : taps.stride;
   for (int64_t m = 0; m < groups; ++m) {
     for (int64_t l = 0; l < kGroup; l += PROFIT_LANES) {
       const float* w = weight + m * kGroup + l;
@@ -86,12 +86,11 @@ PROFIT_INLINE void backward_tile(const float* g, const float* q, float* gq, cons
 }
 
 // One output row's gradient against one input row, for the kw taps of one row of the kernel. g: [group][columns][16]; q and
-// gq: [group][row_group / 16 columns][16]; weight and gw: [tap][lane].
+// gq: [group][row_group / 16 columns][16]; weight and gw: [tap][lane], `lanes` of them.
 template <int K, int S>
 PROFIT_TARGET void backward_row(
-    const float* g, const float* q, float* gq, int64_t row_group, const float* weight, float* gw, int64_t columns,
-    int64_t groups, const Taps& taps) {
-  const int64_t lanes = groups * kGroup;
+    const float* g, const float* q, float* gq, int64_t row_group, const float* weight, float* gw, int64_t lanes,
+    int64_t columns, int64_t groups, const Taps& taps) {
   for (int64_t m = 0; m < groups; ++m) {
     for (int64_t l = 0; l < kGroup; l += PROFIT_LANES) {
       const float* w_ = weight + m * kGroup + l;

@@ -38,7 +38,7 @@ Geometry geometry(
 struct Plan {
   int64_t channels;          // in all
   int64_t lanes;             // channels of a block
-  int64_t groups;            // groups of 16 that they fill, the last perhaps in part
+  int64_t groups;            // groups of 16 that they fill, the last perhaps in part; the last block may have fewer
   int64_t blocks, chunks, bands;
   int64_t images_per_chunk, images;
   int64_t rows, rows_per_band;
@@ -50,16 +50,18 @@ struct Plan {
   int64_t tasks() const { return blocks * chunks * bands; }
 
   struct Task {
-    int64_t block, part, first_channel, channels, first_image, end_image, first_row, end_row;
+    int64_t block, part, first_channel, channels, groups, first_image, end_image, first_row, end_row;
   };
   // part: which of the chunks * bands.
   Task task(int64_t index) const {
     const int64_t block = index % blocks, part = index / blocks, band = part % bands, chunk = part / bands;
+    const int64_t here = std::min(lanes, channels - block * lanes);
     return {
         block,
         part,
         block * lanes,
-        std::min(lanes, channels - block * lanes),
+        here,
+        ceil_div(here, kGroup),
         chunk * images_per_chunk,
         std::min((chunk + 1) * images_per_chunk, images),
         band * rows_per_band,
@@ -97,8 +99,8 @@ struct TensorRows {
   char* at(int64_t i, int64_t j, int64_t y) const { return data + (i * n + j * c + y * h) * element; }
   Strides strides() const { return {c, w, h}; }
   // Whether the kernels can walk it in place: whole groups of float channels, side by side.
-  bool in_place(const Plan& plan, const Plan::Task& task, int64_t multiplier) const {
-    return is_float && multiplier == 1 && c == 1 && task.channels == plan.width();
+  bool in_place(const Plan::Task& task, int64_t multiplier) const {
+    return is_float && multiplier == 1 && c == 1 && task.channels == task.groups * kGroup;
   }
 };
 
