@@ -11,7 +11,8 @@ constexpr int64_t kLanes = 16;
 
 // y = C * round(u * s) / s + d, or the code round(u * s) alone.
 template <Activation act, bool code_alone>
-PROFIT_INLINE void forward_stretch(const float* x, float* y, int64_t n, const Quantizer<float>& quantizer) {
+PROFIT_INLINE void forward_stretch(
+    const float* __restrict x, float* __restrict y, int64_t n, const Quantizer<float>& quantizer) {
   const VecQuantizer k(quantizer);
   int64_t i = 0;
 #pragma GCC unroll 4
@@ -61,7 +62,8 @@ PROFIT_INLINE Vec backward_register(Vec g, Vec x, const VecQuantizer& k, Vec& su
 // Up to kStretch elements.
 template <Activation act>
 PROFIT_INLINE void backward_stretch(
-    const float* grad, const float* x, float* gx, int64_t n, const Quantizer<float>& quantizer, LaneSums& sums) {
+    const float* __restrict grad, const float* __restrict x, float* __restrict gx, int64_t n,
+    const Quantizer<float>& quantizer, LaneSums& sums) {
   constexpr int64_t kRegisters = kLanes / PROFIT_LANES;
   const VecQuantizer k(quantizer);
   Vec sum_a[kRegisters] = {}, sum_c[kRegisters] = {};

@@ -74,6 +74,13 @@ PROFIT_INLINE Vec divide(Vec v, Vec b, Vec inverse) {
 #endif
 }
 
+// max(x, -3) * clip(x + 3, 0, 6). The max changes nothing but -inf, whose product with 0 would be NaN.
+template <typename V>
+PROFIT_INLINE V hardswish_times_six(V x) {
+  const V three = splat<V>(3), above = at_least(x, -three);
+  return above * at_most(above + three, splat<V>(6));
+}
+
 template <Activation act, typename V>
 PROFIT_INLINE V activate(V x) {
   const V zero = splat<V>(0);
@@ -82,9 +89,7 @@ PROFIT_INLINE V activate(V x) {
   } else if constexpr (act == Activation::relu6) {
     return clamp(x, zero, splat<V>(6));
   } else if constexpr (act == Activation::hardswish) {
-    // The first clamp changes nothing but -inf, whose product with 0 would be NaN.
-    const V three = splat<V>(3), six = splat<V>(6);
-    return at_least(x, -three) * clamp(x + three, zero, six) / six;
+    return hardswish_times_six(x) / splat<V>(6);
   } else {
     return x;
   }
@@ -107,16 +112,17 @@ PROFIT_INLINE V activate_grad(V x) {
   }
 }
 
-// act(x) for a quantizer that clips at an ordinary A: h-swish finite, also where x is not, and without a division.
+// act(x) without a division. A sixth is kept in two parts whose fused products with any float round to its true sixth (Brisebarre
+// and Muller, IEEE Trans. Computers 57, 2008; checked for every mantissa). Both are positive: infinity stays.
 template <Activation act>
-PROFIT_INLINE Vec activate_to_clip(Vec x) {
-  if constexpr (act == Activation::hardswish && PROFIT_LANES > 4) {
-    const Vec three = splat<Vec>(3), six = splat<Vec>(6), huge = splat<Vec>(1e30f);
-    const Vec product = at_least(x, -three) * clamp(x + three, splat<Vec>(0), six);
-    return divide(at_most(product, huge), six, splat<Vec>(1.0f / 6.0f));
-  } else {
-    return activate<act>(x);
+PROFIT_INLINE Vec activate_undivided(Vec x) {
+#if PROFIT_LANES > 4
+  if constexpr (act == Activation::hardswish) {
+    const Vec product = hardswish_times_six(x);
+    return fused_multiply_add(product, splat<Vec>(0x1.555554p-3f), product * splat<Vec>(0x1.555556p-27f));
   }
+#endif
+  return activate<act>(x);
 }
 
 // A quantizer spread over registers. With PROFIT_LANES of 4 it divides and serves any A; otherwise see is_ordinary.
@@ -135,7 +141,7 @@ struct VecQuantizer {
   // u = clip((act(x) - d) / A, lo, 1), with the clip in front of the division, where it costs no infinity.
   template <Activation act>
   PROFIT_INLINE Vec clipped(Vec x) const {
-    return divide(clamp(activate_to_clip<act>(x) - d, low, A), A, inverse);
+    return divide(clamp(activate_undivided<act>(x) - d, low, A), A, inverse);
   }
   PROFIT_INLINE Vec code(Vec u) const { return round_half_even(u * s); }
   PROFIT_INLINE Vec value(Vec code) const { return code * step + d; }
