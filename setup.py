@@ -35,6 +35,7 @@ ROOT = Path(__file__).resolve().parent
 NAME = "profit_kernels._cpu"
 SOURCES = [
     "csrc/registration.cpp",
+    "csrc/cpu/aiwq.cpp",
     "csrc/cpu/depthwise.cpp",
     "csrc/cpu/depthwise_kernels.cpp",
     "csrc/cpu/depthwise_plan.cpp",

@@ -18,22 +18,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-void check_side(const char* side, const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits) {
-  if (bits.has_value()) {
-    STD_TORCH_CHECK(2 <= *bits && *bits <= 8, "depthwise: ", side, "_bits must be 2 to 8, got ", *bits);
-    STD_TORCH_CHECK(a.has_value() && c.has_value(), "depthwise: ", side, "_bits needs the interval a and the scale c");
-  }
-}
-
-Quantizer<float> input_quantizer(
-    const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits, bool is_signed, double offset) {
-  if (!bits.has_value()) {
-    return {};
-  }
-  STD_TORCH_CHECK(a->numel() == 1 && c->numel() == 1, "depthwise: the input has one interval and one scale");
-  return {softplus(values<float>(*a)[0]), softplus(values<float>(*c)[0]), *bits, is_signed, offset};
-}
-
 Tensor quantized_weight(
     const Tensor& weight, const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits) {
   return bits.has_value() ? duq_forward(weight, *a, *c, *bits, true, 0.0, static_cast<int64_t>(Activation::none)) : weight;
@@ -134,10 +118,11 @@ Tensor duq_depthwise_forward(
       row_kernels(type, act_bits.has_value(), static_cast<Activation>(activation), quantizer, g.row_taps());
   const TensorRows in = TensorRows::of(x, false), out = TensorRows::of(y, true);
 
+  const float border = rounded(static_cast<float>(pad_value), kernels);
   torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
     const int64_t row_floats = plan.groups * g.out_width * kGroup;
     Scratch scratch(QuantizedRows::floats(g, plan) + Scratch::rounded(row_floats));
-    QuantizedRows rows(g, plan, kernels, quantizer, in, static_cast<float>(pad_value), scratch);
+    QuantizedRows rows(g, plan, kernels, quantizer, in, border, scratch);
     float* buffer = scratch.take(row_floats);
     for (int64_t index = begin; index < end; ++index) {
       const Plan::Task task = plan.task(index);
@@ -186,11 +171,12 @@ duq_depthwise_backward(
       row_kernels(type, act_bits.has_value(), static_cast<Activation>(activation), quantizer, g.row_taps());
   const TensorRows in = TensorRows::of(x, false), upstream = TensorRows::of(grad, false), out = TensorRows::of(gx, true);
 
+  const float border = rounded(static_cast<float>(pad_value), kernels);
   Partials partials(plan, g.taps());
   torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(GradientRows::floats(g, plan) + KeptRow::floats(g, plan));
     GradientRows gradient(g, plan, kernels, upstream, scratch);
-    KeptRow row(g, plan, kernels, quantizer, in, out, static_cast<float>(pad_value), scratch);
+    KeptRow row(g, plan, kernels, quantizer, in, out, border, scratch);
     for (int64_t index = begin; index < end; ++index) {
       const Plan::Task task = plan.task(index);
       const float* weights = w.data() + task.block * g.taps() * plan.width();
@@ -220,7 +206,7 @@ duq_depthwise_backward(
             } else {
               for (int64_t kx = 0; kx < g.kw; ++kx) {
                 for (int64_t i = 0; i < task.channels; ++i) {
-                  gw_ky[kx * plan.width() + i] += static_cast<float>(pad_value) * sums[i];
+                  gw_ky[kx * plan.width() + i] += border * sums[i];
                 }
               }
             }

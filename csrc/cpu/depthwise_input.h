@@ -2,13 +2,39 @@
 // with what its gradient needs (backward).
 #pragma once
 
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
-#include <cstring>
+#include <optional>
 #include <vector>
 
 #include "depthwise_plan.h"
 
 namespace profit::cpu {
+
+inline void check_side(const char* side, const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits) {
+  if (bits.has_value()) {
+    STD_TORCH_CHECK(2 <= *bits && *bits <= 8, "depthwise: ", side, "_bits must be 2 to 8, got ", *bits);
+    STD_TORCH_CHECK(a.has_value() && c.has_value(), "depthwise: ", side, "_bits needs the interval a and the scale c");
+  }
+}
+
+inline Quantizer<float> input_quantizer(
+    const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits, bool is_signed, double offset) {
+  if (!bits.has_value()) {
+    return {};
+  }
+  STD_TORCH_CHECK(a->numel() == 1 && c->numel() == 1, "depthwise: the input has one interval and one scale");
+  return {softplus(values<float>(*a)[0]), softplus(values<float>(*c)[0]), *bits, is_signed, offset};
+}
+
+// v as a tensor of the type would hold it, whose kernels these are.
+inline float rounded(float v, const RowKernels& kernels) {
+  float lanes[kGroup];
+  std::fill_n(lanes, kGroup, v);
+  kernels.round({lanes, kGroup, kGroup}, 1, 1);
+  return lanes[0];
+}
 
 // A ring of padded rows of the quantized input, as many as the kernel is high; each is computed once per task.
 class QuantizedRows {
@@ -52,6 +78,9 @@ class QuantizedRows {
 
   int64_t group_stride() const { return g_.padded_width() * kGroup; }
 
+  // Round once more, to the dtype the convolution is computed in.
+  void round_with(void (*round)(Lanes, int64_t, int64_t)) { round_again_ = round; }
+
  private:
   void fill(float* slot, int64_t row) {
     const Lanes q{slot + g_.left * kGroup, group_stride(), kGroup};
@@ -71,6 +100,9 @@ class QuantizedRows {
     if (!in_.is_float) {
       kernels_.round(q, g_.width, task_.groups);
     }
+    if (round_again_ != nullptr) {
+      round_again_(q, g_.width, task_.groups);
+    }
   }
 
   const Geometry& g_;
@@ -82,6 +114,7 @@ class QuantizedRows {
   std::vector<const float*> window_;
   std::vector<int64_t> held_;  // which row each slot holds
   float* loaded_;
+  void (*round_again_)(Lanes, int64_t, int64_t) = nullptr;
   Plan::Task task_{};
   int64_t image_ = 0;
 };

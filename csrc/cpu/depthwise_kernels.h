@@ -35,7 +35,7 @@ struct Taps {
   int64_t kh, kw, stride, dilation;
 };
 
-// What each does stands at its definition in depthwise_rows.h and depthwise_loops.h.
+// What each does stands at its definition in depthwise_rows.h, depthwise_loops.h and aiwq_loops.h.
 struct RowKernels {
   void (*load)(const void* from, Strides, float* to, int64_t columns, int64_t channels, int64_t groups, int64_t multiplier);
   void (*store)(const float* from, void* to, Strides, int64_t columns, int64_t channels, int64_t groups, int64_t multiplier);
@@ -46,6 +46,8 @@ struct RowKernels {
   void (*finish)(
       ConstLanes gq, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups, const Quantizer<float>&,
       float* row_sums, double* sums);
+  void (*add_moments)(ConstLanes y, const float* shift, int64_t columns, int64_t groups, double* sums);
+  void (*add_run_moments)(const float* y, float shift, int64_t n, double& first, double& second);
   void (*sum)(const float* g, float* sums, int64_t columns, int64_t groups);
   void (*forward)(
       const float* const* rows, int64_t row_group, const float* weight, int64_t lanes, const float* bias, Lanes out,

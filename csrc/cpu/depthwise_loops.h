@@ -2,6 +2,7 @@
 // guard. Sums run over the taps and then over the columns in one order whatever the width of a register: the same bits at every
 // instruction set. No fused multiply-add: memory sets the pace here, and it gains nothing.
 #include "duq_math.h"
+#include "aiwq_loops.h"
 #include "depthwise_rows.h"
 
 namespace PROFIT_ISA {
@@ -170,6 +171,8 @@ inline RowKernels kernels(ScalarType type, bool quantized, Activation activation
     use_rows<false>(result, activation);
   }
   result.sum = sum_row;
+  result.add_moments = add_row;
+  result.add_run_moments = add_run;
   result.forward = forward_row<0, 0>;
   result.backward = backward_row<0, 0>;
   if (taps.dilation == 1 && taps.stride <= 2) {
