@@ -33,7 +33,15 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent
 NAME = "profit_kernels._cpu"
-SOURCES = ["csrc/registration.cpp", "csrc/cpu/duq.cpp", "csrc/cpu/isa.cpp"]
+SOURCES = [
+    "csrc/registration.cpp",
+    "csrc/cpu/aiwq.cpp",
+    "csrc/cpu/depthwise.cpp",
+    "csrc/cpu/depthwise_kernels.cpp",
+    "csrc/cpu/depthwise_plan.cpp",
+    "csrc/cpu/duq.cpp",
+    "csrc/cpu/isa.cpp",
+]
 # The oldest torch whose stable ABI the library is compiled for: it then loads in this version and all later ones.
 TARGET = (2, 11)
 COMPILE_ARGS = [
@@ -47,6 +55,8 @@ COMPILE_ARGS = [
     "-fno-trapping-math",
     "-fno-math-errno",
     "-fopenmp-simd",
+    # gcc warns of its own AVX-512 header.
+    "-Wno-maybe-uninitialized",
 ]
 
 

@@ -2,6 +2,8 @@
 // operators (torch.ops.load_library), so one binary serves every CPython and every torch from 2.11 on.
 #include <torch/csrc/stable/library.h>
 
+#include "cpu/aiwq.h"
+#include "cpu/depthwise.h"
 #include "cpu/duq.h"
 #include "cpu/isa.h"
 
@@ -11,6 +13,26 @@ STABLE_TORCH_LIBRARY(profit_cpu, m) {
   m.def(
       "duq_backward(Tensor grad, Tensor x, Tensor a, Tensor c, int bits, bool is_signed, float offset, int activation)"
       " -> (Tensor gx, Tensor ga, Tensor gc)");
+  m.def("duq_weights_forward(Tensor[] weights, Tensor[] a, Tensor[] c, int[] bits) -> Tensor[]");
+  m.def(
+      "duq_weights_backward(Tensor[] grads, Tensor[] weights, Tensor[] a, Tensor[] c, int[] bits) -> Tensor[]");
+  m.def(
+      "duq_codes(Tensor x, Tensor a, int bits, bool is_signed, float offset, int activation, Tensor(a!) codes) -> bool");
+  m.def(
+      "duq_depthwise_forward(Tensor x, Tensor weight, Tensor? a_x, Tensor? c_x, Tensor? a_w, Tensor? c_w, Tensor? bias,"
+      " int[] stride, int[] padding, int[] dilation, int? act_bits, int? weight_bits, bool is_signed, float offset,"
+      " int activation, float pad_value) -> Tensor");
+  m.def(
+      "duq_depthwise_backward(Tensor grad, Tensor x, Tensor weight, Tensor? a_x, Tensor? c_x, Tensor? a_w, Tensor? c_w,"
+      " Tensor? bias, int[] stride, int[] padding, int[] dilation, int? act_bits, int? weight_bits, bool is_signed,"
+      " float offset, int activation, float pad_value)"
+      " -> (Tensor gx, Tensor gw, Tensor? ga_x, Tensor? gc_x, Tensor? ga_w, Tensor? gc_w, Tensor? gb)");
+  m.def("aiwq_kl(Tensor y_new, Tensor y_old, float eps) -> Tensor");
+  m.def("aiwq_moments(Tensor y) -> Tensor");
+  m.def(
+      "aiwq_depthwise(Tensor x, Tensor y_new, Tensor weight_old, Tensor? bias, int[] stride, int[] padding,"
+      " int[] dilation, float pad_value, Tensor? a_x, Tensor? c_x, int? act_bits, bool is_signed, float offset,"
+      " int activation, float eps) -> Tensor");
   m.def("isa() -> int");
   m.def("limit_isa(int level) -> int");
 }
@@ -18,6 +40,14 @@ STABLE_TORCH_LIBRARY(profit_cpu, m) {
 STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CPU, m) {
   m.impl("duq_forward", TORCH_BOX(&profit::cpu::duq_forward));
   m.impl("duq_backward", TORCH_BOX(&profit::cpu::duq_backward));
+  m.impl("duq_weights_forward", TORCH_BOX(&profit::cpu::duq_weights_forward));
+  m.impl("duq_weights_backward", TORCH_BOX(&profit::cpu::duq_weights_backward));
+  m.impl("duq_codes", TORCH_BOX(&profit::cpu::duq_codes));
+  m.impl("aiwq_kl", TORCH_BOX(&profit::cpu::aiwq_kl));
+  m.impl("aiwq_moments", TORCH_BOX(&profit::cpu::aiwq_moments));
+  m.impl("aiwq_depthwise", TORCH_BOX(&profit::cpu::aiwq_depthwise));
+  m.impl("duq_depthwise_forward", TORCH_BOX(&profit::cpu::duq_depthwise_forward));
+  m.impl("duq_depthwise_backward", TORCH_BOX(&profit::cpu::duq_depthwise_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CompositeExplicitAutograd, m) {

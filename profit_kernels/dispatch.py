@@ -27,7 +27,8 @@ _HALVES = (torch.float32, torch.bfloat16, torch.float16)
 
 # What each backend has a kernel for: operator -> dtypes. The reference serves every operator, device and float dtype.
 _KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
-    "cpp": {"duq": (*_HALVES, torch.float64)},
+    "cpp": dict.fromkeys(("duq", "duq_weights", "duq_codes"), (*_HALVES, torch.float64))
+    | dict.fromkeys(("depthwise", "duq_depthwise", "aiwq", "aiwq_conv"), _HALVES),
     "triton": dict.fromkeys(("duq", "duq_weights", "duq_codes", "depthwise", "duq_depthwise"), _HALVES),
     "cuda": {},
 }

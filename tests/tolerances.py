@@ -22,6 +22,10 @@ CONV = {"rtol": 1e-5, "atol": 1e-5}
 CONV_OF_MAGNITUDE = 2e-6
 # Results in a half precision, in the backward after an intermediate of that precision: two roundings.
 HALF_OF_MAGNITUDE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
+# Sums over a whole map in float32 (weight and bias gradients), relative to the sum of the magnitudes of their terms.
+MAP_SUM_OF_MAGNITUDE = 1e-6
+# The same convolutions with a bfloat16 or float16 result: one rounding to the output's dtype, on values of order 1.
+CONV_HALF = {torch.bfloat16: {"rtol": 2**-8, "atol": 2**-10}, torch.float16: {"rtol": 2**-11, "atol": 2**-13}}
 CONV64 = {"rtol": 1e-12, "atol": 1e-12}
 # The same formula through autograd and spelled out: element-wise a few roundings; sums of 360 terms of mixed sign.
 TEXTBOOK = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.float64: {"rtol": 1e-12, "atol": 1e-12}}
@@ -34,6 +38,8 @@ GRID = {
 }
 # KL between two float32 convolutions that torch may sum in another order than the operator.
 KL_CONV = {"rtol": 1e-4, "atol": 1e-7}
+# The same where the old output is rounded to bfloat16: a value may round the other way, a part in 2^9 of it, in either sum.
+KL_CONV_HALF = {"rtol": 1e-3, "atol": 1e-5}
 # Places in a report's SVG, in pixels: matplotlib writes six decimals, and snaps bars to half a pixel when it draws them.
 SVG_PIXELS = 0.01
 # softplus of its inverse in float32: the raw value has the spacing of float32 around log(value), which softplus passes on.

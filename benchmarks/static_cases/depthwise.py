@@ -17,7 +17,7 @@ _FLOATS = ("s", "lo", "offset", "pad_value")
 
 
 def cases(target: str) -> list[StaticCase]:
-    """All with DuQ behind h-swish, the longest code; in channels_last by blocks of 64, 32, 16 and 8 channels; and plain ones."""
+    """With DuQ behind h-swish, the longest code, in channels_last by blocks of 64, 32, 16 and 8 channels; and plain ones."""
     warp = warp_size(target)
     found = []
     for dtype in DTYPES:

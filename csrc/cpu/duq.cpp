@@ -1,4 +1,5 @@
 // DuQ on the CPU: checks, layouts, work division and the reductions for a and c. The arithmetic is in duq_loops.h.
+// One tensor is a list of one: a whole net's weights go through the same code in one parallel loop.
 #include "duq.h"
 
 #include <torch/csrc/stable/library.h>
@@ -6,14 +7,18 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
-#include <cmath>
+#include <atomic>
 #include <cstring>
 #include <type_traits>
-#include <vector>
 
 #include "../common/layout.h"
 #include "isa.h"
+#include "parameters.h"
 
 namespace profit::cpu {
 
@@ -23,12 +28,6 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
-// A, C: clipping interval and output scale; d: offset; lo: lower end of the clip; s: number of steps.
-template <typename T>
-struct Constants {
-  T A, C, d, lo, s;
-};
-
 struct Sums {
   double a = 0;  // sum of g * (C/A) * u over the elements inside: -dL/dA
   double c = 0;  // sum of g * code: s * dL/dC
@@ -36,46 +35,18 @@ struct Sums {
 
 template <typename T>
 struct Loops {
-  void (*forward)(const void* x, void* y, int64_t n, const Constants<T>& k);
-  void (*backward)(const void* grad, const void* x, void* gx, int64_t n, const Constants<T>& k, Sums& sums);
+  void (*forward)(const void* x, void* y, int64_t n, const Quantizer<T>& k);
+  void (*backward)(const void* grad, const void* x, void* gx, int64_t n, const Quantizer<T>& k, Sums& sums);
+  bool (*codes)(const void* x, void* codes, int64_t n, const Quantizer<T>& k);
 };
 
-#define PROFIT_ISA baseline
-#define PROFIT_TARGET
-#define PROFIT_INLINE inline __attribute__((always_inline))
-#include "duq_loops.h"
-#undef PROFIT_ISA
-#undef PROFIT_TARGET
-#undef PROFIT_INLINE
-
-#if defined(__x86_64__)
-#define PROFIT_ISA avx2
-#define PROFIT_TARGET __attribute__((target("avx2,f16c")))
-#define PROFIT_INLINE inline __attribute__((always_inline, target("avx2,f16c")))
-#include "duq_loops.h"
-#undef PROFIT_ISA
-#undef PROFIT_TARGET
-#undef PROFIT_INLINE
-
-#if defined(__clang__)
-#define PROFIT_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c"
-#else
-// gcc otherwise stays at 256 bits.
-#define PROFIT_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,prefer-vector-width=512"
-#endif
-#define PROFIT_ISA avx512
-#define PROFIT_TARGET __attribute__((target(PROFIT_AVX512)))
-#define PROFIT_INLINE inline __attribute__((always_inline, target(PROFIT_AVX512)))
-#include "duq_loops.h"
-#undef PROFIT_ISA
-#undef PROFIT_TARGET
-#undef PROFIT_INLINE
-#endif
+#define PROFIT_LOOPS "duq_loops.h"
+#include "for_each_isa.h"
 
 template <typename S, typename T>
-Loops<T> loops_for(Activation activation) {
+Loops<T> loops_for(Activation activation, bool ordinary) {
 #if defined(__x86_64__)
-  switch (static_cast<Isa>(isa())) {
+  switch (ordinary ? static_cast<Isa>(isa()) : Isa::baseline) {
     case Isa::avx512:
       return avx512::loops<S, T>(activation);
     case Isa::avx2:
@@ -87,53 +58,32 @@ Loops<T> loops_for(Activation activation) {
   return baseline::loops<S, T>(activation);
 }
 
-// As torch.nn.functional.softplus: the identity above 20, where the difference is below one unit in the last place.
-template <typename T>
-T softplus(T v) {
-  return v > T(20) ? v : std::log1p(std::exp(v));
-}
-
-double sigmoid(double v) { return 1.0 / (1.0 + std::exp(-v)); }
-
 // Elements per piece of work. Fixed, and not derived from the number of threads, so that the sums over pieces, added in
 // order, give the same bits for any number of threads.
 constexpr int64_t kPiece = 16384;
 // Elements per task below which handing work to another thread costs more than it brings.
 constexpr int64_t kGrain = 32768;
 
-// The tensor as `channels` runs of `inner` elements, each run cut into pieces.
-struct Plan {
-  int64_t channels, inner, pieces_per_channel;
-
-  Plan(int64_t channels, int64_t numel)
-      : channels(channels),
-        inner(channels > 0 ? numel / channels : 0),
-        pieces_per_channel((inner + kPiece - 1) / kPiece) {}
-
-  int64_t pieces() const { return channels * pieces_per_channel; }
-
-  template <typename F>
-  void for_each_piece(const F& f) const {
-    const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, std::min(inner, kPiece)));
-    torch::stable::parallel_for(0, pieces(), grain, [&](int64_t begin, int64_t end) {
-      for (int64_t piece = begin; piece < end; ++piece) {
-        const int64_t channel = piece / pieces_per_channel;
-        const int64_t start = (piece % pieces_per_channel) * kPiece;
-        f(piece, channel, channel * inner + start, std::min(kPiece, inner - start));
-      }
-    });
-  }
+struct Settings {
+  bool is_signed;
+  double offset;
+  Activation activation;
 };
+constexpr Settings kWeight = {true, 0.0, Activation::none};
 
-void check(const Tensor& x, const Tensor& a, const Tensor& c, int64_t bits, int64_t activation) {
+void check(const Tensor& x, const Tensor& a, const Tensor* c, int64_t bits, Activation activation) {
   const auto type = x.scalar_type();
   STD_TORCH_CHECK(
       type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
           type == ScalarType::Double,
       "duq: x must be float32, bfloat16, float16 or float64");
   STD_TORCH_CHECK(2 <= bits && bits <= 8, "duq: bits must be 2 to 8, got ", bits);
-  STD_TORCH_CHECK(0 <= activation && activation <= 3, "duq: unknown activation ", activation);
-  for (const Tensor* p : {&a, &c}) {
+  const auto act = static_cast<int64_t>(activation);
+  STD_TORCH_CHECK(0 <= act && act <= 3, "duq: unknown activation ", act);
+  for (const Tensor* p : {&a, c}) {
+    if (p == nullptr) {
+      continue;
+    }
     STD_TORCH_CHECK(p->is_cpu(), "duq: a and c must be on the CPU, where x is");
     STD_TORCH_CHECK(
         p->numel() == 1 || (x.dim() > 0 && p->numel() == x.size(0)),
@@ -141,29 +91,22 @@ void check(const Tensor& x, const Tensor& a, const Tensor& c, int64_t bits, int6
   }
 }
 
-// The values of a raw parameter as T: a whole model may have been moved to bfloat16, parameters of quantizers included.
+// A quantizer per channel; without c (codes do not depend on it) the scale is that of c = 0.
 template <typename T>
-std::vector<T> values(const Tensor& raw) {
-  const auto type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-  Tensor same = raw.scalar_type() == type ? raw : torch::stable::to(raw, type);
-  if (!same.is_contiguous()) {
-    same = torch::stable::contiguous(same);
+std::vector<Quantizer<T>> quantizers(const Tensor& a, const Tensor* c, int64_t bits, const Settings& settings) {
+  const std::vector<T> A = values<T>(a), C = c == nullptr ? std::vector<T>{T(0)} : values<T>(*c);
+  std::vector<Quantizer<T>> result;
+  result.reserve(std::max(A.size(), C.size()));
+  for (size_t i = 0; i < std::max(A.size(), C.size()); ++i) {
+    result.emplace_back(
+        softplus(A[A.size() > 1 ? i : 0]), softplus(C[C.size() > 1 ? i : 0]), bits, settings.is_signed, settings.offset);
   }
-  const T* data = static_cast<const T*>(same.const_data_ptr());
-  return std::vector<T>(data, data + same.numel());
+  return result;
 }
 
 template <typename T>
-std::vector<Constants<T>> constants(
-    const std::vector<T>& a, const std::vector<T>& c, int64_t bits, bool is_signed, double offset) {
-  const int64_t s = is_signed ? (int64_t{1} << (bits - 1)) - 1 : (int64_t{1} << bits) - 1;
-  std::vector<Constants<T>> result(std::max(a.size(), c.size()));
-  for (size_t i = 0; i < result.size(); ++i) {
-    result[i] = {
-        softplus(a[a.size() > 1 ? i : 0]), softplus(c[c.size() > 1 ? i : 0]), static_cast<T>(offset),
-        is_signed ? T(-1) : T(0), static_cast<T>(s)};
-  }
-  return result;
+bool all_ordinary(const std::vector<Quantizer<T>>& k) {
+  return std::all_of(k.begin(), k.end(), [](const Quantizer<T>& q) { return q.is_ordinary(); });
 }
 
 // x as the loops can walk it: dense and, with a value per channel, each channel in one run. The second step of a
@@ -186,109 +129,230 @@ Tensor with_layout_of(const Tensor& like, const Tensor& result) {
   return out;
 }
 
+// One tensor on its way through a loop: read from `x` (and `grad`), written to `out`.
 template <typename S, typename T>
-Tensor forward(
-    const Tensor& x, const Tensor& a, const Tensor& c, int64_t bits, bool is_signed, double offset,
-    Activation activation) {
-  const auto k = constants(values<T>(a), values<T>(c), bits, is_signed, offset);
-  const Tensor from = walkable(x, k.size());
-  Tensor y = torch::stable::empty_like(from);
-  const auto loops = loops_for<S, T>(activation);
-  const S* in = static_cast<const S*>(from.const_data_ptr());
-  S* out = static_cast<S*>(y.mutable_data_ptr());
-  Plan(k.size(), from.numel()).for_each_piece([&](int64_t, int64_t channel, int64_t start, int64_t n) {
-    loops.forward(in + start, out + start, n, k[channel]);
+struct Item {
+  std::vector<Quantizer<T>> k;
+  Loops<T> loops;
+  Tensor x, grad, out;
+  const S *in, *upstream = nullptr;
+  S* to;
+  int64_t inner;
+
+  Item(const Tensor& raw_x, const Tensor& a, const Tensor& c, int64_t bits, const Settings& settings)
+      : k(quantizers<T>(a, &c, bits, settings)),
+        loops(loops_for<S, T>(settings.activation, all_ordinary(k))),
+        x(walkable(raw_x, k.size())),
+        out(torch::stable::empty_like(x)),
+        in(static_cast<const S*>(x.const_data_ptr())),
+        to(static_cast<S*>(out.mutable_data_ptr())),
+        inner(k.empty() ? 0 : x.numel() / static_cast<int64_t>(k.size())) {}
+
+  void set_grad(const Tensor& raw_grad) {
+    grad = raw_grad;
+    if (!same_strides(grad, x)) {
+      grad = torch::stable::empty_like(x);
+      torch::stable::copy_(grad, raw_grad);
+    }
+    upstream = static_cast<const S*>(grad.const_data_ptr());
+  }
+};
+
+// Part of one channel of one item.
+struct Piece {
+  int64_t item, channel, start, n;
+};
+
+// Calls f(index, piece) for the pieces of all items, in parallel; returns them in order.
+template <typename Items, typename F>
+std::vector<Piece> for_each_piece(const Items& items, const F& prepare, const auto& f) {
+  std::vector<Piece> pieces;
+  int64_t elements = 0;
+  for (int64_t item = 0; item < static_cast<int64_t>(items.size()); ++item) {
+    const int64_t inner = items[item].inner, channels = items[item].k.size();
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      for (int64_t start = 0; start < inner; start += kPiece) {
+        const int64_t n = std::min(kPiece, inner - start);
+        pieces.push_back({item, channel, channel * inner + start, n});
+        elements += n;
+      }
+    }
+  }
+  const int64_t count = pieces.size();
+  prepare(count);
+  const int64_t grain = std::max<int64_t>(1, count * kGrain / std::max<int64_t>(1, elements));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      f(i, pieces[i]);
+    }
   });
-  return with_layout_of(x, y);
+  return pieces;
 }
 
-// Gradient of the raw parameter, dL/draw = dL/dsoftplus * sigmoid(raw), from the channel sums. Returned like raw.
-template <typename T>
-Tensor parameter_grad(const Tensor& raw, const std::vector<double>& per_channel) {
-  const std::vector<T> v = values<T>(raw);
-  std::vector<double> total(v.size(), 0.0);
-  for (size_t i = 0; i < per_channel.size(); ++i) {
-    total[v.size() > 1 ? i : 0] += per_channel[i];
+template <typename S, typename T>
+std::vector<Tensor> forward(
+    const std::vector<Tensor>& x, const std::vector<Tensor>& a, const std::vector<Tensor>& c,
+    const std::vector<int64_t>& bits, const Settings& settings) {
+  std::vector<Item<S, T>> items;
+  items.reserve(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    items.emplace_back(x[i], a[i], c[i], bits[i], settings);
   }
-  const auto type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
-  Tensor grad = torch::stable::empty(raw.sizes(), type);
-  T* g = static_cast<T*>(grad.mutable_data_ptr());
-  for (size_t i = 0; i < v.size(); ++i) {
-    g[i] = static_cast<T>(total[i] * sigmoid(static_cast<double>(v[i])));
+  for_each_piece(items, [](int64_t) {}, [&](int64_t, const Piece& p) {
+    const auto& item = items[p.item];
+    item.loops.forward(item.in + p.start, item.to + p.start, p.n, item.k[p.channel]);
+  });
+  std::vector<Tensor> result;
+  for (size_t i = 0; i < x.size(); ++i) {
+    result.push_back(with_layout_of(x[i], items[i].out));
   }
-  return raw.scalar_type() == type ? grad : torch::stable::to(grad, raw.scalar_type());
+  return result;
 }
 
+// The gradients of all x, of all a, of all c.
 template <typename S, typename T>
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& x, const Tensor& a, const Tensor& c, int64_t bits, bool is_signed, double offset,
-    Activation activation) {
-  const auto k = constants(values<T>(a), values<T>(c), bits, is_signed, offset);
-  const int64_t channels = k.size();
-  const Tensor from = walkable(x, channels);
-  Tensor upstream = grad;
-  if (!same_strides(grad, from)) {
-    upstream = torch::stable::empty_like(from);
-    torch::stable::copy_(upstream, grad);
+std::vector<Tensor> backward(
+    const std::vector<Tensor>& grads, const std::vector<Tensor>& x, const std::vector<Tensor>& a,
+    const std::vector<Tensor>& c, const std::vector<int64_t>& bits, const Settings& settings) {
+  std::vector<Item<S, T>> items;
+  std::vector<std::vector<double>> dA, dC;
+  items.reserve(x.size());
+  for (size_t i = 0; i < x.size(); ++i) {
+    items.emplace_back(x[i], a[i], c[i], bits[i], settings);
+    items.back().set_grad(grads[i]);
+    dA.emplace_back(items.back().k.size(), 0.0);
+    dC.emplace_back(items.back().k.size(), 0.0);
   }
-  Tensor gx = torch::stable::empty_like(from);
-  const auto loops = loops_for<S, T>(activation);
-  const S* g = static_cast<const S*>(upstream.const_data_ptr());
-  const S* in = static_cast<const S*>(from.const_data_ptr());
-  S* out = static_cast<S*>(gx.mutable_data_ptr());
-
-  const Plan plan(channels, from.numel());
-  std::vector<Sums> partial(plan.pieces());
-  plan.for_each_piece([&](int64_t piece, int64_t channel, int64_t start, int64_t n) {
-    loops.backward(g + start, in + start, out + start, n, k[channel], partial[piece]);
+  std::vector<Sums> partial;
+  const auto pieces = for_each_piece(items, [&](int64_t n) { partial.resize(n); }, [&](int64_t i, const Piece& p) {
+    const auto& item = items[p.item];
+    item.loops.backward(
+        item.upstream + p.start, item.in + p.start, item.to + p.start, p.n, item.k[p.channel], partial[i]);
   });
-
-  std::vector<double> dA(channels, 0.0), dC(channels, 0.0);
-  for (int64_t piece = 0; piece < plan.pieces(); ++piece) {
-    const int64_t channel = piece / plan.pieces_per_channel;
-    dA[channel] -= partial[piece].a;
-    dC[channel] += partial[piece].c / k[channel].s;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    const Piece& p = pieces[i];
+    dA[p.item][p.channel] -= partial[i].a;
+    dC[p.item][p.channel] += partial[i].c / items[p.item].k[p.channel].s;
   }
-  return {with_layout_of(x, gx), parameter_grad<T>(a, dA), parameter_grad<T>(c, dC)};
+  std::vector<Tensor> result;
+  for (size_t i = 0; i < x.size(); ++i) {
+    result.push_back(with_layout_of(x[i], items[i].out));
+  }
+  for (size_t i = 0; i < x.size(); ++i) {
+    result.push_back(parameter_grad<T>(a[i], dA[i]));
+  }
+  for (size_t i = 0; i < x.size(); ++i) {
+    result.push_back(parameter_grad<T>(c[i], dC[i]));
+  }
+  return result;
+}
+
+// f<S, T>() for the storage type S and compute type T of x.
+template <typename F>
+auto dispatch(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16:
+      return f.template operator()<BFloat16, float>();
+    case ScalarType::Half:
+      return f.template operator()<Half, float>();
+    case ScalarType::Double:
+      return f.template operator()<double, double>();
+    default:
+      return f.template operator()<float, float>();
+  }
+}
+
+void check_grad(const Tensor& grad, const Tensor& x) {
+  STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == x.scalar_type(), "duq: grad must have the dtype of x");
+  bool same = grad.dim() == x.dim();
+  for (int64_t d = 0; same && d < x.dim(); ++d) {
+    same = grad.size(d) == x.size(d);
+  }
+  STD_TORCH_CHECK(same, "duq: grad must have the shape of x");
+}
+
+void check_weights(
+    const std::vector<Tensor>& weights, const std::vector<Tensor>& a, const std::vector<Tensor>& c,
+    const std::vector<int64_t>& bits) {
+  STD_TORCH_CHECK(
+      a.size() == weights.size() && c.size() == weights.size() && bits.size() == weights.size(),
+      "duq: weights, a, c and bits must have one length");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    STD_TORCH_CHECK(
+        weights[i].is_cpu() && weights[i].scalar_type() == weights[0].scalar_type(),
+        "duq: the weights must be on the CPU and of one dtype");
+    check(weights[i], a[i], &c[i], bits[i], Activation::none);
+  }
 }
 
 }  // namespace
 
-Tensor duq_forward(
-    Tensor x, Tensor a, Tensor c, int64_t bits, bool is_signed, double offset, int64_t activation) {
-  check(x, a, c, bits, activation);
-  const auto act = static_cast<Activation>(activation);
-  switch (x.scalar_type()) {
-    case ScalarType::BFloat16:
-      return forward<BFloat16, float>(x, a, c, bits, is_signed, offset, act);
-    case ScalarType::Half:
-      return forward<Half, float>(x, a, c, bits, is_signed, offset, act);
-    case ScalarType::Double:
-      return forward<double, double>(x, a, c, bits, is_signed, offset, act);
-    default:
-      return forward<float, float>(x, a, c, bits, is_signed, offset, act);
-  }
+Tensor duq_forward(Tensor x, Tensor a, Tensor c, int64_t bits, bool is_signed, double offset, int64_t activation) {
+  const Settings settings = {is_signed, offset, static_cast<Activation>(activation)};
+  check(x, a, &c, bits, settings.activation);
+  return dispatch(x, [&]<typename S, typename T>() { return forward<S, T>({x}, {a}, {c}, {bits}, settings)[0]; });
 }
 
 std::tuple<Tensor, Tensor, Tensor> duq_backward(
     Tensor grad, Tensor x, Tensor a, Tensor c, int64_t bits, bool is_signed, double offset, int64_t activation) {
-  check(x, a, c, bits, activation);
-  STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == x.scalar_type(), "duq: grad must have the dtype of x");
-  STD_TORCH_CHECK(grad.dim() == x.dim(), "duq: grad must have the shape of x");
-  for (int64_t d = 0; d < x.dim(); ++d) {
-    STD_TORCH_CHECK(grad.size(d) == x.size(d), "duq: grad must have the shape of x");
+  const Settings settings = {is_signed, offset, static_cast<Activation>(activation)};
+  check(x, a, &c, bits, settings.activation);
+  check_grad(grad, x);
+  const auto found =
+      dispatch(x, [&]<typename S, typename T>() { return backward<S, T>({grad}, {x}, {a}, {c}, {bits}, settings); });
+  return {found[0], found[1], found[2]};
+}
+
+std::vector<Tensor> duq_weights_forward(
+    std::vector<Tensor> weights, std::vector<Tensor> a, std::vector<Tensor> c, std::vector<int64_t> bits) {
+  check_weights(weights, a, c, bits);
+  if (weights.empty()) {
+    return {};
   }
-  const auto act = static_cast<Activation>(activation);
-  switch (x.scalar_type()) {
-    case ScalarType::BFloat16:
-      return backward<BFloat16, float>(grad, x, a, c, bits, is_signed, offset, act);
-    case ScalarType::Half:
-      return backward<Half, float>(grad, x, a, c, bits, is_signed, offset, act);
-    case ScalarType::Double:
-      return backward<double, double>(grad, x, a, c, bits, is_signed, offset, act);
-    default:
-      return backward<float, float>(grad, x, a, c, bits, is_signed, offset, act);
+  return dispatch(weights[0], [&]<typename S, typename T>() { return forward<S, T>(weights, a, c, bits, kWeight); });
+}
+
+std::vector<Tensor> duq_weights_backward(
+    std::vector<Tensor> grads, std::vector<Tensor> weights, std::vector<Tensor> a, std::vector<Tensor> c,
+    std::vector<int64_t> bits) {
+  check_weights(weights, a, c, bits);
+  STD_TORCH_CHECK(grads.size() == weights.size(), "duq: grads and weights must have one length");
+  for (size_t i = 0; i < weights.size(); ++i) {
+    check_grad(grads[i], weights[i]);
   }
+  if (weights.empty()) {
+    return {};
+  }
+  return dispatch(
+      weights[0], [&]<typename S, typename T>() { return backward<S, T>(grads, weights, a, c, bits, kWeight); });
+}
+
+bool duq_codes(
+    Tensor x, Tensor a, int64_t bits, bool is_signed, double offset, int64_t activation, Tensor codes) {
+  const Settings settings = {is_signed, offset, static_cast<Activation>(activation)};
+  check(x, a, nullptr, bits, settings.activation);
+  STD_TORCH_CHECK(
+      codes.is_cpu() && codes.scalar_type() == (is_signed ? ScalarType::Char : ScalarType::Byte) &&
+          codes.dim() == x.dim() && codes.numel() == x.numel() && is_dense(x) && same_strides(x, codes) &&
+          (a.numel() == 1 || dim0_is_outermost(x)),
+      "duq: codes must be int8 (signed) or uint8, laid out as a dense x");
+  return dispatch(x, [&]<typename S, typename T>() {
+    struct Run {
+      std::vector<Quantizer<T>> k;
+      int64_t inner;
+    };
+    const std::vector<Run> run = {{quantizers<T>(a, nullptr, bits, settings), x.numel() / std::max<int64_t>(1, a.numel())}};
+    const auto loops = loops_for<S, T>(settings.activation, all_ordinary(run[0].k));
+    const S* in = static_cast<const S*>(x.const_data_ptr());
+    int8_t* to = static_cast<int8_t*>(codes.mutable_data_ptr());
+    std::atomic<bool> nan{false};
+    for_each_piece(run, [](int64_t) {}, [&](int64_t, const Piece& p) {
+      if (loops.codes(in + p.start, to + p.start, p.n, run[0].k[p.channel])) {
+        nan = true;
+      }
+    });
+    return nan.load();
+  });
 }
 
 }  // namespace profit::cpu

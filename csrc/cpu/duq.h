@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <tuple>
+#include <vector>
 
 namespace profit::cpu {
 
@@ -20,5 +21,18 @@ Tensor duq_forward(
 // grad: shape and dtype of x, any strides (expanded too). Returns dL/dx like x, and dL/da, dL/dc like a, c.
 std::tuple<Tensor, Tensor, Tensor> duq_backward(
     Tensor grad, Tensor x, Tensor a, Tensor c, int64_t bits, bool is_signed, double offset, int64_t activation);
+
+// The same for the weights of a net, signed, in one parallel loop. weights: of one dtype; a, c, bits: one entry each.
+std::vector<Tensor> duq_weights_forward(
+    std::vector<Tensor> weights, std::vector<Tensor> a, std::vector<Tensor> c, std::vector<int64_t> bits);
+
+// Returns all dL/dw, then all dL/da, then all dL/dc.
+std::vector<Tensor> duq_weights_backward(
+    std::vector<Tensor> grads, std::vector<Tensor> weights, std::vector<Tensor> a, std::vector<Tensor> c,
+    std::vector<int64_t> bits);
+
+// Fills `codes`, int8 (signed) or uint8 of the shape and strides of x, which must be dense and, with an interval per channel,
+// have dimension 0 outermost. Returns whether the input or its interval holds NaN, which has no code.
+bool duq_codes(Tensor x, Tensor a, int64_t bits, bool is_signed, double offset, int64_t activation, Tensor codes);
 
 }  // namespace profit::cpu

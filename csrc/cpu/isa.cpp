@@ -8,11 +8,12 @@ namespace profit::cpu {
 int64_t supported_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return static_cast<int64_t>(Isa::avx512);
   }
-  if (__builtin_cpu_supports("avx2")) {
+  if (avx2) {
     return static_cast<int64_t>(Isa::avx2);
   }
 #endif

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import dispatch
 from ...checks import check_quantizer, pads, pair
-from . import reference
+from . import cpp, reference
 
 EPS = 1e-12  # added to both variances; far below that of a live channel, enough for a dead one to give 0 and not NaN
 
@@ -21,16 +21,24 @@ torch.library.define(
 )
 
 
+def _wider(first: Tensor, second: Tensor) -> Tensor:
+    """The one whose dtype decides which backend can serve both: float64 if either is."""
+    return second if second.dtype == torch.float64 else first
+
+
 @torch.library.impl("profit_kernels::aiwq_kl", "default")
 def _kl(y_new, y_old, eps):
-    dispatch.choose("aiwq", y_new)
+    if dispatch.choose("aiwq", _wider(y_new, y_old)) == "cpp":
+        return cpp.kl(y_new, y_old, eps)
     with torch.no_grad():
         return reference.kl(y_new, y_old, eps)
 
 
 @torch.library.impl("profit_kernels::aiwq_conv2d", "default")
 def _conv_kl(x, y_new, *rest):
-    dispatch.choose("aiwq_conv", x)
+    if dispatch.choose("aiwq_conv", _wider(x, y_new)) == "cpp":
+        with torch.no_grad():
+            return cpp.conv_kl(x, y_new, *rest)
     with torch.no_grad():
         return reference.conv_kl(x, y_new, *rest)
 

@@ -25,8 +25,11 @@ def moments(y: Tensor) -> tuple[Tensor, Tensor]:
 
 def kl(y_new: Tensor, y_old: Tensor, eps: float) -> Tensor:
     """KL per channel, float32. eps is added to both variances; log1p keeps what r - 1 has of significant digits."""
-    mean_new, var_new = moments(y_new)
-    mean_old, var_old = moments(y_old)
+    return kl_of_moments(*moments(y_new), *moments(y_old), eps)
+
+
+def kl_of_moments(mean_new: Tensor, var_new: Tensor, mean_old: Tensor, var_old: Tensor, eps: float) -> Tensor:
+    """The same from float64 means and variances."""
     scale = var_old + eps
     r_minus_1 = (var_new - var_old) / scale
     return (0.5 * (r_minus_1 - torch.log1p(r_minus_1)) + 0.5 * (mean_new - mean_old).square() / scale).float()

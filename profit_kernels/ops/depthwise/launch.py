@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from ..duq import launch as duq
@@ -120,8 +119,9 @@ class _Call:
 
 
 def _call(
-    x: Tensor, weight: Tensor, geometry: tuple[list[int], list[int], list[int]], a: Tensor | None = None, c: Tensor | None = None,
-    bits: int | None = None, signed: bool = False, offset: float = 0.0, activation: str = "none",
+    x: Tensor, weight: Tensor, geometry: tuple[list[int], list[int], list[int]],
+    a: Tensor | None = None, c: Tensor | None = None, bits: int | None = None,
+    signed: bool = False, offset: float = 0.0, activation: str = "none",
 ) -> _Call:  # fmt: skip
     stride, pads, dilation = geometry
     chosen = layout.memory_format(x, weight)

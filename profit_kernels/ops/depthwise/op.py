@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from ... import dispatch
 from ...checks import check_bits, check_quantizer, pads, pair
 from ..duq.op import duq_fake_quantize, no_double_backward
 from ..duq.reference import ACTIVATIONS
-from . import layout, reference
+from . import cpp, layout, reference
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
 _QUANT = "int? act_bits, int? weight_bits, bool signed, float offset, str activation, float pad_value"
@@ -35,40 +36,34 @@ torch.library.define(
 )
 
 
-@torch.library.impl("profit_kernels::depthwise_conv2d", "default")
-def _depthwise(x, weight, bias, stride, padding, dilation, pad_value):
-    if dispatch.choose("depthwise", x) == "triton":
+def _serving(op: str, x: Tensor) -> ModuleType:
+    """The module whose functions serve this call: reference, cpp or launch (Triton), which have the same names in each."""
+    backend = dispatch.choose(op, x)
+    if backend == "triton":
         from . import launch
 
-        return launch.depthwise(x, weight, bias, stride, padding, dilation, pad_value)
-    return reference.depthwise(x, weight, bias, stride, padding, dilation, pad_value)
+        return launch
+    return cpp if backend == "cpp" else reference
+
+
+@torch.library.impl("profit_kernels::depthwise_conv2d", "default")
+def _depthwise(x, *rest):
+    return _serving("depthwise", x).depthwise(x, *rest)
 
 
 @torch.library.impl("profit_kernels::depthwise_conv2d_backward", "default")
-def _depthwise_backward(grad, x, weight, has_bias, stride, padding, dilation, pad_value):
-    if dispatch.choose("depthwise", x) == "triton":
-        from . import launch
-
-        return launch.depthwise_backward(grad, x, weight, has_bias, stride, padding, dilation, pad_value)
-    return reference.depthwise_backward(grad, x, weight, has_bias, stride, padding, dilation, pad_value)
+def _depthwise_backward(grad, x, *rest):
+    return _serving("depthwise", x).depthwise_backward(grad, x, *rest)
 
 
 @torch.library.impl("profit_kernels::duq_depthwise_conv2d", "default")
-def _duq_depthwise(x, weight, *rest):
-    if dispatch.choose("duq_depthwise", x) == "triton":
-        from . import launch
-
-        return launch.duq_depthwise(x, weight, *rest)
-    return reference.duq_depthwise(x, weight, *rest)
+def _duq_depthwise(x, *rest):
+    return _serving("duq_depthwise", x).duq_depthwise(x, *rest)
 
 
 @torch.library.impl("profit_kernels::duq_depthwise_conv2d_backward", "default")
-def _duq_depthwise_backward(grad, x, weight, *rest):
-    if dispatch.choose("duq_depthwise", x) == "triton":
-        from . import launch
-
-        return launch.duq_depthwise_backward(grad, x, weight, *rest)
-    return reference.duq_depthwise_backward(grad, x, weight, *rest)
+def _duq_depthwise_backward(grad, x, *rest):
+    return _serving("duq_depthwise", x).duq_depthwise_backward(grad, x, *rest)
 
 
 # The reference's fakes run it on meta tensors: a convolution's memory format is torch's to decide. A kernel's is ours.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -29,55 +30,39 @@ torch.library.define(
 )
 
 
-@torch.library.impl("profit_kernels::duq", "default")
-def _duq(x, a, c, bits, signed, offset, activation):
-    backend = dispatch.choose("duq", x)
-    if backend == "cpp":
-        return cpp.forward(x, a, c, bits, signed, offset, activation)
+def _serving(op: str, x: Tensor) -> ModuleType:
+    """The module whose functions serve this call: reference, cpp or launch (Triton), which have the same names in each."""
+    backend = dispatch.choose(op, x)
     if backend == "triton":
-        from . import launch
+        from . import launch, weights_launch
 
-        return launch.forward(x, a, c, bits, signed, offset, activation)
-    return reference.forward(x, a, c, bits, signed, offset, activation)
+        return weights_launch if op == "duq_weights" else launch
+    return cpp if backend == "cpp" else reference
+
+
+@torch.library.impl("profit_kernels::duq", "default")
+def _duq(x, *rest):
+    return _serving("duq", x).forward(x, *rest)
 
 
 @torch.library.impl("profit_kernels::duq_backward", "default")
-def _duq_backward(grad, x, a, c, bits, signed, offset, activation):
-    backend = dispatch.choose("duq", x)
-    if backend == "cpp":
-        return cpp.backward(grad, x, a, c, bits, signed, offset, activation)
-    if backend == "triton":
-        from . import launch
-
-        return launch.backward(grad, x, a, c, bits, signed, offset, activation)
-    return reference.backward(grad, x, a, c, bits, signed, offset, activation)
+def _duq_backward(grad, x, *rest):
+    return _serving("duq", x).backward(grad, x, *rest)
 
 
 @torch.library.impl("profit_kernels::duq_codes", "default")
-def _duq_codes(x, a, bits, signed, offset, activation):
-    if dispatch.choose("duq_codes", x) == "triton":
-        from . import launch
-
-        return launch.codes(x, a, bits, signed, offset, activation)
-    return reference.codes(x, a, bits, signed, offset, activation)
+def _duq_codes(x, *rest):
+    return _serving("duq_codes", x).codes(x, *rest)
 
 
 @torch.library.impl("profit_kernels::duq_weights", "default")
-def _duq_weights(weights, a, c, bits):
-    if dispatch.choose("duq_weights", weights[0]) == "triton":
-        from . import weights_launch
-
-        return weights_launch.forward(weights, a, c, bits)
-    return reference.weights_forward(weights, a, c, bits)
+def _duq_weights(weights, *rest):
+    return _serving("duq_weights", weights[0]).weights_forward(weights, *rest)
 
 
 @torch.library.impl("profit_kernels::duq_weights_backward", "default")
-def _duq_weights_backward(grads, weights, a, c, bits):
-    if dispatch.choose("duq_weights", weights[0]) == "triton":
-        from . import weights_launch
-
-        return weights_launch.backward(grads, weights, a, c, bits)
-    return reference.weights_backward(grads, weights, a, c, bits)
+def _duq_weights_backward(grads, weights, *rest):
+    return _serving("duq_weights", weights[0]).weights_backward(grads, weights, *rest)
 
 
 @torch.library.register_fake("profit_kernels::duq")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish")
+NO_CODE = "duq_codes: the input (or its interval) holds NaN, which has no integer code"
 
 
 def steps(bits: int, signed: bool) -> int:
@@ -87,7 +88,7 @@ def codes(x: Tensor, a: Tensor, bits: int, signed: bool, offset: float, activati
 def refuse_nan(found: bool) -> None:
     """Raise the ValueError of a NaN among the inputs of `codes`."""
     if found:
-        raise ValueError("duq_codes: the input (or its interval) holds NaN, which has no integer code")
+        raise ValueError(NO_CODE)
 
 
 def backward(

@@ -76,7 +76,7 @@ class _Layout:
         return result
 
 
-def forward(weights: list[Tensor], a: list[Tensor], c: list[Tensor], bits: list[int]) -> list[Tensor]:
+def weights_forward(weights: list[Tensor], a: list[Tensor], c: list[Tensor], bits: list[int]) -> list[Tensor]:
     """Quantized weights; see reference.weights_forward. They share one block of memory."""
     layout = _Layout(weights, a, c, bits)
     y = layout.flat()
@@ -88,7 +88,7 @@ def forward(weights: list[Tensor], a: list[Tensor], c: list[Tensor], bits: list[
     return layout.split(y, weights)
 
 
-def backward(
+def weights_backward(
     grads: list[Tensor], weights: list[Tensor], a: list[Tensor], c: list[Tensor], bits: list[int]
 ) -> list[Tensor]:
     """All dL/dw, then all dL/da, then all dL/dc; see reference.weights_backward. Deterministic."""

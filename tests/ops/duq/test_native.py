@@ -19,19 +19,6 @@ needs_library = pytest.mark.skipif(not native.available(), reason=native.why_mis
 compare = partial(compare_with_reference, "cpp", "cpu")
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request):
-    """Runs the test with the kernels of one instruction set."""
-    before, level = torch.ops.profit_cpu.isa(), ["baseline", "avx2", "avx512"].index(request.param)
-    try:
-        if torch.ops.profit_cpu.limit_isa(level) != level:
-            pytest.skip(f"this processor has no {request.param}")
-        assert native.isa() == request.param
-        yield request.param
-    finally:
-        torch.ops.profit_cpu.limit_isa(before)
-
-
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize(("signed", "offset", "activation"), INPUTS)

@@ -1,0 +1,29 @@
+// AIWQ on the CPU: per-channel moments and the Gaussian KL of two outputs (docs/maths.md, section 3).
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace profit::cpu {
+
+using torch::stable::Tensor;
+
+// y_new, y_old: [N, C, H, W], each float32 / bfloat16 / float16 of any strides. Returns KL [C], float32: NaN for a channel that
+// holds NaN or a single sample.
+Tensor aiwq_kl(Tensor y_new, Tensor y_old, double eps);
+
+// [2, C] float64: mean and unbiased variance over N, H, W.
+Tensor aiwq_moments(Tensor y);
+
+// KL of y_new from conv(pad(duq(act(x)), pad_value), weight_old) + bias, one filter per output channel, computed in the dtype of
+// y_new; arguments as duq_depthwise_forward. The old output is not written anywhere.
+Tensor aiwq_depthwise(
+    Tensor x, Tensor y_new, Tensor weight_old, std::optional<Tensor> bias, std::vector<int64_t> stride,
+    std::vector<int64_t> padding, std::vector<int64_t> dilation, double pad_value, std::optional<Tensor> a_x,
+    std::optional<Tensor> c_x, std::optional<int64_t> act_bits, bool is_signed, double offset, int64_t activation,
+    double eps);
+
+}  // namespace profit::cpu

@@ -1,0 +1,250 @@
+// The depthwise convolution on the CPU, row by row: nothing is materialised but the output and the input's gradient. The
+// backward computes the quantized input anew from x. The inner loops are in depthwise_loops.h and depthwise_rows.h.
+#include "depthwise.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+
+#include "../common/layout.h"
+#include "depthwise_input.h"
+#include "depthwise_plan.h"
+#include "parameters.h"
+
+namespace profit::cpu {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+
+Tensor quantized_weight(
+    const Tensor& weight, const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits) {
+  return bits.has_value() ? duq_forward(weight, *a, *c, *bits, true, 0.0, static_cast<int64_t>(Activation::none)) : weight;
+}
+
+// c10::TensorImpl::is_channels_last as torch's convolution asks for it.
+bool suggests_channels_last(const Tensor& t) {
+  int64_t least = 0;
+  if (t.stride(1) == 0) {
+    return false;
+  }
+  for (const int64_t d : {1, 3, 2, 0}) {
+    if (t.size(d) == 0 || t.stride(d) < least || (d == 0 && least == t.stride(1))) {
+      return false;
+    }
+    least = t.stride(d) * std::max<int64_t>(1, t.size(d));
+  }
+  return true;
+}
+
+// [N, channels, h, w] of the dtype of x and the memory format that torch's own convolution would choose.
+Tensor empty(const Tensor& x, const Tensor& weight, int64_t channels, int64_t h, int64_t w) {
+  const bool last = suggests_channels_last(x) || suggests_channels_last(weight);
+  const std::vector<int64_t> sizes = {x.size(0), channels, h, w};
+  return torch::stable::empty(
+      sizes, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+      last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous);
+}
+
+// Everything a task of the backward adds to its sums in; one per task, added in order afterwards.
+struct Partials {
+  int64_t taps, width;
+  std::vector<float> weight;   // [part][block][tap][lane]
+  std::vector<float> bias;     // [part][block][lane]
+  std::vector<double> a, c;    // [task]
+
+  Partials(const Plan& plan, int64_t taps)
+      : taps(taps),
+        width(plan.width()),
+        weight(plan.tasks() * taps * plan.width(), 0.0f),
+        bias(plan.tasks() * plan.width(), 0.0f),
+        a(plan.tasks(), 0.0),
+        c(plan.tasks(), 0.0) {}
+};
+
+// [part][block][row][lane] -> [channel][row], a float32 tensor of `like`'s shape.
+Tensor total(const std::vector<float>& partial, const Plan& plan, int64_t rows, const Tensor& like) {
+  std::vector<double> sums(plan.blocks * rows * plan.width(), 0.0);
+  const int64_t size = sums.size();
+  for (int64_t part = 0; part < plan.chunks * plan.bands; ++part) {
+    for (int64_t i = 0; i < size; ++i) {
+      sums[i] += partial[part * size + i];
+    }
+  }
+  Tensor result = torch::stable::empty(like.sizes(), ScalarType::Float);
+  float* to = static_cast<float*>(result.mutable_data_ptr());
+  for (int64_t ch = 0; ch < plan.channels; ++ch) {
+    const double* from = sums.data() + (ch / plan.lanes) * rows * plan.width() + ch % plan.lanes;
+    for (int64_t row = 0; row < rows; ++row) {
+      to[ch * rows + row] = static_cast<float>(from[row * plan.width()]);
+    }
+  }
+  return result;
+}
+
+// `from` (contiguous float32) in the dtype and with the strides of `like`.
+Tensor like(const Tensor& like, const Tensor& from) {
+  if (like.scalar_type() == ScalarType::Float && same_strides(like, from)) {
+    return from;
+  }
+  Tensor to = torch::stable::empty_like(like);
+  torch::stable::copy_(to, from);
+  return to;
+}
+
+}  // namespace
+
+Tensor duq_depthwise_forward(
+    Tensor x, Tensor weight, std::optional<Tensor> a_x, std::optional<Tensor> c_x, std::optional<Tensor> a_w,
+    std::optional<Tensor> c_w, std::optional<Tensor> bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
+    std::vector<int64_t> dilation, std::optional<int64_t> act_bits, std::optional<int64_t> weight_bits, bool is_signed,
+    double offset, int64_t activation, double pad_value) {
+  const Geometry g = geometry(x, weight, stride, padding, dilation);
+  STD_TORCH_CHECK(0 <= activation && activation <= 3, "depthwise: unknown activation ", activation);
+  check_side("act", a_x, c_x, act_bits);
+  check_side("weight", a_w, c_w, weight_bits);
+  Tensor y = empty(x, weight, g.channels(), g.out_height, g.out_width);
+  const Plan plan(g, g.out_height, g.height * g.width);
+  if (plan.tasks() == 0) {
+    return y;
+  }
+  const auto type = x.scalar_type();
+  const std::vector<float> w = pack(quantized_weight(weight, a_w, c_w, weight_bits), type, plan, g.taps());
+  const std::vector<float> b =
+      bias.has_value() ? pack(*bias, type, plan, 1) : std::vector<float>(plan.blocks * plan.width(), 0.0f);
+  const Quantizer<float> quantizer = input_quantizer(a_x, c_x, act_bits, is_signed, offset);
+  const RowKernels kernels =
+      row_kernels(type, act_bits.has_value(), static_cast<Activation>(activation), quantizer, g.row_taps());
+  const TensorRows in = TensorRows::of(x, false), out = TensorRows::of(y, true);
+
+  const float border = rounded(static_cast<float>(pad_value), kernels);
+  torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
+    const int64_t row_floats = plan.groups * g.out_width * kGroup;
+    Scratch scratch(QuantizedRows::floats(g, plan) + Scratch::rounded(row_floats));
+    QuantizedRows rows(g, plan, kernels, quantizer, in, border, scratch);
+    float* buffer = scratch.take(row_floats);
+    for (int64_t index = begin; index < end; ++index) {
+      const Plan::Task task = plan.task(index);
+      const bool in_place = out.in_place(task, 1);
+      for (int64_t image = task.first_image; image < task.end_image; ++image) {
+        rows.start(task, image);
+        for (int64_t row = task.first_row; row < task.end_row; ++row) {
+          char* to = out.at(image, task.first_channel, row);
+          const Lanes lanes = in_place ? Lanes{reinterpret_cast<float*>(to), kGroup, out.w, out.h}
+                                       : Lanes{buffer, g.out_width * kGroup, kGroup};
+          kernels.forward(
+              rows.window(row * g.stride_h), rows.group_stride(), w.data() + task.block * g.taps() * plan.width(),
+              plan.width(), b.data() + task.block * plan.width(), lanes, g.out_width, task.groups, g.row_taps());
+          if (!in_place) {
+            kernels.store(buffer, to, out.strides(), g.out_width, task.channels, task.groups, 1);
+          }
+        }
+      }
+    }
+  });
+  return y;
+}
+
+std::tuple<
+    Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
+    std::optional<Tensor>>
+duq_depthwise_backward(
+    Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> a_x, std::optional<Tensor> c_x,
+    std::optional<Tensor> a_w, std::optional<Tensor> c_w, std::optional<Tensor> bias, std::vector<int64_t> stride,
+    std::vector<int64_t> padding, std::vector<int64_t> dilation, std::optional<int64_t> act_bits,
+    std::optional<int64_t> weight_bits, bool is_signed, double offset, int64_t activation, double pad_value) {
+  const Geometry g = geometry(x, weight, stride, padding, dilation);
+  STD_TORCH_CHECK(0 <= activation && activation <= 3, "depthwise: unknown activation ", activation);
+  check_side("act", a_x, c_x, act_bits);
+  check_side("weight", a_w, c_w, weight_bits);
+  STD_TORCH_CHECK(
+      grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.dim() == 4 && grad.size(0) == g.images &&
+          grad.size(1) == g.channels() && grad.size(2) == g.out_height && grad.size(3) == g.out_width,
+      "depthwise: grad must have the shape of the output and the dtype of x");
+  Tensor gx = empty(x, weight, g.in_channels, g.height, g.width);
+  const Plan plan(g, g.padded_height(), g.height * g.width);
+  const auto type = x.scalar_type();
+  const std::vector<float> w = pack(quantized_weight(weight, a_w, c_w, weight_bits), type, plan, g.taps());
+  const Quantizer<float> quantizer = input_quantizer(a_x, c_x, act_bits, is_signed, offset);
+  const RowKernels kernels =
+      row_kernels(type, act_bits.has_value(), static_cast<Activation>(activation), quantizer, g.row_taps());
+  const TensorRows in = TensorRows::of(x, false), upstream = TensorRows::of(grad, false), out = TensorRows::of(gx, true);
+
+  const float border = rounded(static_cast<float>(pad_value), kernels);
+  Partials partials(plan, g.taps());
+  torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
+    Scratch scratch(GradientRows::floats(g, plan) + KeptRow::floats(g, plan));
+    GradientRows gradient(g, plan, kernels, upstream, scratch);
+    KeptRow row(g, plan, kernels, quantizer, in, out, border, scratch);
+    for (int64_t index = begin; index < end; ++index) {
+      const Plan::Task task = plan.task(index);
+      const float* weights = w.data() + task.block * g.taps() * plan.width();
+      float* gw = partials.weight.data() + (task.part * plan.blocks + task.block) * g.taps() * plan.width();
+      float* gb = partials.bias.data() + (task.part * plan.blocks + task.block) * plan.width();
+      row.start_task(task);
+      for (int64_t image = task.first_image; image < task.end_image; ++image) {
+        gradient.start(task, image);
+        // Row `padded` of the padded input meets kernel row ky in output row (padded - ky * dilation) / stride.
+        for (int64_t padded = task.first_row; padded < task.end_row; ++padded) {
+          const bool inside = g.top <= padded && padded < g.top + g.height;
+          if (inside) {
+            row.load(image, padded - g.top);
+          }
+          for (int64_t ky = 0; ky < g.kh; ++ky) {
+            const int64_t at = padded - ky * g.dilation_h;
+            if (at < 0 || at % g.stride_h != 0 || at / g.stride_h >= g.out_height) {
+              continue;
+            }
+            const float* upstream_row = gradient.row(at / g.stride_h);
+            const float* sums = gradient.sums(at / g.stride_h);
+            float* gw_ky = gw + ky * g.kw * plan.width();
+            if (inside) {
+              kernels.backward(
+                  upstream_row, row.q(), row.gq(), row.group_stride(), weights + ky * g.kw * plan.width(), gw_ky,
+                  plan.width(), g.out_width, task.groups, g.row_taps());
+            } else {
+              for (int64_t kx = 0; kx < g.kw; ++kx) {
+                for (int64_t i = 0; i < task.channels; ++i) {
+                  gw_ky[kx * plan.width() + i] += border * sums[i];
+                }
+              }
+            }
+            for (int64_t i = 0; ky == 0 && i < task.channels; ++i) {
+              gb[i] += sums[i];
+            }
+          }
+          if (inside) {
+            row.finish(image, padded - g.top);
+          }
+        }
+      }
+      row.sums(partials.a[index], partials.c[index]);
+    }
+  });
+
+  double dA = 0, dC = 0;
+  for (int64_t i = 0; i < plan.tasks(); ++i) {
+    dA -= partials.a[i];
+    dC += partials.c[i] / quantizer.s;
+  }
+  std::optional<Tensor> ga_x, gc_x, ga_w, gc_w, gb;
+  if (act_bits.has_value()) {
+    ga_x = parameter_grad<float>(*a_x, {dA});
+    gc_x = parameter_grad<float>(*c_x, {dC});
+  }
+  Tensor gw = like(weight, total(partials.weight, plan, g.taps(), weight));
+  if (weight_bits.has_value()) {
+    auto [through, ga, gc] =
+        duq_backward(gw, weight, *a_w, *c_w, *weight_bits, true, 0.0, static_cast<int64_t>(Activation::none));
+    gw = through;
+    ga_w = ga;
+    gc_w = gc;
+  }
+  if (bias.has_value()) {
+    gb = like(*bias, total(partials.bias, plan, 1, *bias));
+  }
+  return {gx, gw, ga_x, gc_x, ga_w, gc_w, gb};
+}
+
+}  // namespace profit::cpu

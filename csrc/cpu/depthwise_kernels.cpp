@@ -1,0 +1,46 @@
+#include "depthwise_kernels.h"
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "isa.h"
+
+namespace profit::cpu {
+
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+
+#define PROFIT_LOOPS "depthwise_loops.h"
+#include "for_each_isa.h"
+
+}  // namespace
+
+RowKernels row_kernels(
+    ScalarType type, bool quantized, Activation activation, const Quantizer<float>& quantizer, const Taps& taps) {
+#if defined(__x86_64__)
+  if (!quantized || quantizer.is_ordinary()) {
+    switch (static_cast<Isa>(isa())) {
+      case Isa::avx512:
+        return avx512::kernels(type, quantized, activation, taps);
+      case Isa::avx2:
+        return avx2::kernels(type, quantized, activation, taps);
+      case Isa::baseline:
+        break;
+    }
+  }
+#endif
+  return baseline::kernels(type, quantized, activation, taps);
+}
+
+}  // namespace profit::cpu

@@ -1,0 +1,64 @@
+// The inner loops of the depthwise convolution as a table of functions, one table per instruction set, dtype, quantizer and
+// kernel. Everything between loading and storing is float32 in the first two cache levels.
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+
+#include "duq.h"
+#include "parameters.h"
+
+namespace profit::cpu {
+
+// Channels that lie together in the buffers: one 512-bit register of floats.
+constexpr int64_t kGroup = 16;
+
+// A row in memory: 16 channels of group m at column i start at p + m * group + i * column. The row that will be read next starts
+// at p + ahead, for prefetching.
+template <typename T>
+struct RowView {
+  T* p;
+  int64_t group, column, ahead = 0;
+  T* at(int64_t m, int64_t i) const { return p + m * group + i * column; }
+};
+using Lanes = RowView<float>;
+using ConstLanes = RowView<const float>;
+
+// Distances in elements between channels, columns and rows of a tensor.
+struct Strides {
+  int64_t channel, column, row;
+};
+
+// The taps of a kernel: kw of them `dilation` columns apart in each of kh rows; outputs are `stride` columns apart.
+struct Taps {
+  int64_t kh, kw, stride, dilation;
+};
+
+// What each does stands at its definition in depthwise_rows.h, depthwise_loops.h and aiwq_loops.h.
+struct RowKernels {
+  void (*load)(const void* from, Strides, float* to, int64_t columns, int64_t channels, int64_t groups, int64_t multiplier);
+  void (*store)(const float* from, void* to, Strides, int64_t columns, int64_t channels, int64_t groups, int64_t multiplier);
+  void (*round)(Lanes q, int64_t columns, int64_t groups);
+  void (*quantize)(ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer<float>&);
+  void (*quantize_keeping)(
+      ConstLanes x, Lanes q, float* u, float* slope, int64_t columns, int64_t groups, const Quantizer<float>&);
+  void (*finish)(
+      ConstLanes gq, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups, const Quantizer<float>&,
+      float* row_sums, double* sums);
+  void (*add_moments)(ConstLanes y, const float* shift, int64_t columns, int64_t groups, double* sums);
+  void (*add_run_moments)(const float* y, float shift, int64_t n, double& first, double& second);
+  void (*sum)(const float* g, float* sums, int64_t columns, int64_t groups);
+  void (*forward)(
+      const float* const* rows, int64_t row_group, const float* weight, int64_t lanes, const float* bias, Lanes out,
+      int64_t columns, int64_t groups, const Taps&);
+  void (*backward)(
+      const float* g, const float* q, float* gq, int64_t row_group, const float* weight, float* gw, int64_t lanes,
+      int64_t columns, int64_t groups, const Taps&);
+};
+
+// The table for the instruction set in use (isa.h). `type` is that of x; `quantized` false lets act(x) pass through.
+RowKernels row_kernels(
+    torch::headeronly::ScalarType type, bool quantized, Activation activation, const Quantizer<float>&, const Taps&);
+
+}  // namespace profit::cpu

@@ -1,0 +1,77 @@
+// The raw parameters a and c of a quantizer: their values, what acts of them, and their gradients.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+namespace profit::cpu {
+
+using torch::stable::Tensor;
+
+// A, C: clipping interval and output scale; d: offset; lo: lower end of the clip; s: number of steps.
+// inverse = 1 / A; low = lo * A; step = C / s; ratio = C / A.
+template <typename T>
+struct Quantizer {
+  T A, inverse, d, lo, low, s, step, ratio;
+
+  Quantizer() = default;
+  Quantizer(T A, T C, int64_t bits, bool is_signed, double offset)
+      : A(A),
+        inverse(T(1) / A),
+        d(static_cast<T>(offset)),
+        lo(is_signed ? T(-1) : T(0)),
+        low(lo * A),
+        s(static_cast<T>(is_signed ? (int64_t{1} << (bits - 1)) - 1 : (int64_t{1} << bits) - 1)),
+        step(C / s),
+        ratio(C / A) {}
+
+  // The loops that divide by way of the inverse need room above and below A.
+  bool is_ordinary() const { return T(0x1p-60) < A && A < T(0x1p60); }
+};
+
+// As torch.nn.functional.softplus: the identity above 20, where the difference is below one unit in the last place.
+template <typename T>
+T softplus(T v) {
+  return v > T(20) ? v : std::log1p(std::exp(v));
+}
+
+inline double sigmoid(double v) { return 1.0 / (1.0 + std::exp(-v)); }
+
+template <typename T>
+constexpr torch::headeronly::ScalarType scalar_type() {
+  return std::is_same_v<T, double> ? torch::headeronly::ScalarType::Double : torch::headeronly::ScalarType::Float;
+}
+
+// The values of a raw parameter as T: a whole model may have been moved to bfloat16, parameters of quantizers included.
+template <typename T>
+std::vector<T> values(const Tensor& raw) {
+  Tensor same = raw.scalar_type() == scalar_type<T>() ? raw : torch::stable::to(raw, scalar_type<T>());
+  if (!same.is_contiguous()) {
+    same = torch::stable::contiguous(same);
+  }
+  const T* data = static_cast<const T*>(same.const_data_ptr());
+  return std::vector<T>(data, data + same.numel());
+}
+
+// Gradient of the raw parameter, dL/draw = dL/dsoftplus * sigmoid(raw), from the channel sums. Returned like raw.
+template <typename T>
+Tensor parameter_grad(const Tensor& raw, const std::vector<double>& per_channel) {
+  const std::vector<T> v = values<T>(raw);
+  std::vector<double> total(v.size(), 0.0);
+  for (size_t i = 0; i < per_channel.size(); ++i) {
+    total[v.size() > 1 ? i : 0] += per_channel[i];
+  }
+  Tensor grad = torch::stable::empty(raw.sizes(), scalar_type<T>());
+  T* g = static_cast<T*>(grad.mutable_data_ptr());
+  for (size_t i = 0; i < v.size(); ++i) {
+    g[i] = static_cast<T>(total[i] * sigmoid(static_cast<double>(v[i])));
+  }
+  return raw.scalar_type() == scalar_type<T>() ? grad : torch::stable::to(grad, raw.scalar_type());
+}
+
+}  // namespace profit::cpu

@@ -1,0 +1,72 @@
+"""AIWQ by the C++ kernels (csrc/cpu/aiwq.cpp): moments read each tensor once; a depthwise old output is never written.
+
+A pointwise layer that has more outputs than inputs needs no old output either: with inputs q of mean m and covariance S,
+
+    y = W q + b   has   mean W m + b   and variance diag(W S W^T)
+
+Other layers run torch's convolution and then the moments.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import native
+from ..depthwise.reference import pad
+from ..duq import cpp as duq_cpp
+from ..duq.reference import ACTIVATIONS, activate
+from . import reference
+
+
+def kl(y_new: Tensor, y_old: Tensor, eps: float) -> Tensor:
+    """KL per channel; see reference.kl."""
+    native.load()
+    return torch.ops.profit_cpu.aiwq_kl(_as_maps(y_new), _as_maps(y_old), eps)
+
+
+def conv_kl(
+    x: Tensor, y_new: Tensor, weight_old: Tensor, bias: Tensor | None, stride: list[int], pads: list[int], dilation: list[int],
+    groups: int, pad_value: float, a_x: Tensor | None, c_x: Tensor | None, act_bits: int | None, signed: bool, offset: float,
+    activation: str, eps: float,
+) -> Tensor:  # fmt: skip
+    """KL of y_new from the output under the old weight; see reference.conv_kl."""
+    native.load()
+    dtype = y_new.dtype
+    if groups == x.shape[1] and weight_old.shape[1] == 1 and x.dim() == 4:
+        return torch.ops.profit_cpu.aiwq_depthwise(
+            x, y_new, weight_old, bias, stride, pads, dilation, pad_value,
+            a_x, c_x, act_bits, signed, offset, ACTIVATIONS.index(activation), eps,
+        )  # fmt: skip
+    if act_bits is None:
+        qx = activate(x.float(), activation).to(x.dtype).to(dtype)
+    else:
+        qx = duq_cpp.forward(x, a_x, c_x, act_bits, signed, offset, activation).to(dtype)
+    weight_old, bias = weight_old.to(dtype), None if bias is None else bias.to(dtype)
+    pointwise = groups == 1 and x.dim() == 4 and weight_old.shape[2:] == (1, 1) and not any(pads)
+    if pointwise and dtype == torch.float32 and 2 * weight_old.shape[1] <= weight_old.shape[0]:
+        qx = qx[:, :, :: stride[0], :: stride[1]]
+        new = torch.ops.profit_cpu.aiwq_moments(y_new)
+        return reference.kl_of_moments(*new, *_pointwise_moments(qx, weight_old, bias), eps)
+    y_old = F.conv2d(pad(qx, pads, pad_value), weight_old, bias, stride, 0, dilation, groups)
+    return kl(y_new, y_old, eps)
+
+
+def _as_maps(y: Tensor) -> Tensor:
+    """[N, C, ...] as [N, C, H, W]."""
+    return y if y.dim() == 4 else y.reshape(*y.shape[:2], 1, -1)
+
+
+def _pointwise_moments(qx: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance, float64 [C_out], of the 1 x 1 convolution of qx, from the moments of qx itself."""
+    rows = qx.permute(0, 2, 3, 1).flatten(0, 2)
+    mean = torch.ops.profit_cpu.aiwq_moments(qx)[0]
+    centred = rows - mean.to(rows.dtype)
+    # The float32 mean is a rounding off; what it leaves is taken off again in float64.
+    left = mean - mean.to(rows.dtype)
+    n = rows.shape[0]
+    covariance = ((centred.T @ centred).double() - n * torch.outer(left, left)) / (n - 1)
+    w = weight.flatten(1).double()
+    mean_old = w @ mean if bias is None else w @ mean + bias.double()
+    return mean_old, ((w @ covariance) * w).sum(1).clamp(min=0.0)
