@@ -191,7 +191,7 @@ def prepare(job: Job) -> Prepared:
         return backend_for(job.variant, job.device)
 
     with context():
-        compared = check(job, model, run, images, labels)
+        note = f"{backends_used(job)}; {check(job, model, run, images, labels)}"
         groups = profit.param_groups(model, lr=1e-4, weight_decay=4e-5)
         optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
         monitor = None if job.monitor is None else profit.AIWQMonitor(model, mode=job.monitor)
@@ -212,7 +212,7 @@ def prepare(job: Job) -> Prepared:
                 step()
     return Prepared(
         Call(call, context=context), job.device, lambda: loss_of(run, images, labels, job.dtype),
-        (*model.parameters(), images), {"note": f"{backends_used(job)}; {compared}"},
+        (*model.parameters(), images), {"note": note},
     )  # fmt: skip
 
 
@@ -231,7 +231,7 @@ def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def backends_used(job: Job) -> str:
-    """Which backends serve the operators of the step, in words."""
+    """Which backends serve the operators of the step with the present choice, in words."""
     served = sorted(set(dispatch.plan(job.device).values()))
     return ", ".join(served) if VARIANTS.get(job.variant, (True,))[0] else "full precision"
 
