@@ -21,7 +21,7 @@ from . import native
 log = logging.getLogger("profit_kernels")
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
-OPS = ("duq", "duq_weights", "duq_codes", "depthwise", "duq_depthwise", "aiwq", "aiwq_conv")
+OPS = ("duq", "duq_weights", "duq_codes", "depthwise", "duq_depthwise", "aiwq", "aiwq_conv", "block")
 
 _HALVES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -127,7 +127,7 @@ _register_autograd("depthwise_conv2d", _autograd_depthwise, _setup_depthwise)
 _register_autograd("duq_depthwise_conv2d", _autograd_duq_depthwise, _setup_duq_depthwise)
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The autocast rule, that of a convolution: to the lower precision, float64 excepted."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
@@ -174,7 +174,7 @@ def depthwise_conv2d(
     op = "depthwise_conv2d"
     _check_shapes(op, x, weight, bias)
     geometry = (list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1)))
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     if dispatch.choose("depthwise", x) == "reference":
         return reference.depthwise(x, weight, bias, *geometry, pad_value)
     return torch.ops.profit_kernels.depthwise_conv2d(x, weight, bias, *geometry, pad_value)
@@ -229,7 +229,7 @@ def duq_depthwise_conv2d(
         )
     geometry = (list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1)))
     pad_value = offset if pad_value is None else pad_value
-    (x,) = _autocast(x)
+    (x,) = autocast(x)
     if dispatch.choose("duq_depthwise", x) == "reference":
         # No fused kernel here: its parts, each on the backend that serves it best.
         if act_bits is None:
