@@ -13,7 +13,7 @@ from ...checks import check_bits, check_quantizer, pads, pair
 from ..depthwise.op import autocast, duq_depthwise_conv2d
 from ..depthwise.reference import quantize_input
 from ..duq.op import duq_fake_quantize, no_double_backward
-from ..duq.reference import ACTIVATIONS
+from ..duq.reference import ACTIVATIONS, compute_dtype
 from . import reference
 from .reference import Convolution, Norm, Quantizer
 
@@ -169,15 +169,11 @@ def block_conv2d(
     if dispatch.choose("block", x) == "reference":
         v = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
         return _in_parts(v, weight, a_x, c_x, a_w, c_w, bias, weight_bits, settings, geometry)
-    if training:
-        mean, var, invstd = torch.ops.profit_kernels.block_moments(x.detach(), eps)
-        if running_mean is not None:
-            with torch.no_grad():
-                running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-                running_var.lerp_(var.to(running_var.dtype), momentum)
-    else:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        mean, invstd = running_mean.to(dtype), (running_var.to(dtype) + eps).rsqrt()
+    mean, var, invstd = _statistics(x, running_mean, running_var, training, eps)
+    if training and running_mean is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(var.to(running_var.dtype), momentum)
     weight = _quantized_weight(weight, a_w, c_w, weight_bits)
     return torch.ops.profit_kernels.block_conv2d(
         x, mean, invstd, bn_weight, bn_bias, weight, a_x, c_x, bias, training, *settings, *geometry
@@ -221,6 +217,40 @@ def duq_conv2d(
     )
 
 
+@torch.no_grad()
+def block_batch_norm(
+    x: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    eps: float = 1e-5,
+) -> Tensor:
+    """batch_norm(x) as block_conv2d computes it on the way, to the bit; no gradient, and no statistics are changed.
+
+    Arguments as there. Returns [N, C, H, W]; in float32 for a half-precision x where the block has a kernel.
+    """
+    (x,) = autocast(x)
+    if dispatch.choose("block", x) == "reference":
+        statistics = (None, None) if training else (running_mean, running_var)
+        return F.batch_norm(x, *statistics, bn_weight, bn_bias, training, 0.0, eps)
+    mean, _, invstd = _statistics(x, running_mean, running_var, training, eps)
+    return reference.normalize(x, Norm(mean, invstd, bn_weight, bn_bias, training))
+
+
+def _statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, variance, 1 / sqrt(variance + eps)): of this batch (the variance unbiased), or the running ones."""
+    if training:
+        return torch.ops.profit_kernels.block_moments(x.detach(), eps)
+    dtype = compute_dtype(x)
+    var = running_var.to(dtype)
+    return running_mean.to(dtype), var, (var + eps).rsqrt()
+
+
 def _check_shapes(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
     if x.dim() != 4:
         raise ValueError(f"{op}: the input must be [N, C, H, W], got shape {tuple(x.shape)}")
@@ -255,8 +285,8 @@ def _settings(
 
 
 def _geometry(op: str, stride, padding, dilation, groups: int, pad_value: float) -> tuple:
-    left_right_top_bottom = list(pads(op, padding))
-    return list(pair(op, "stride", stride, 1)), left_right_top_bottom, list(pair(op, "dilation", dilation, 1)), groups, pad_value
+    lists = (list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1)))
+    return *lists, groups, pad_value
 
 
 def _quantized_weight(weight: Tensor, a_w: Tensor | None, c_w: Tensor | None, bits: int | None) -> Tensor:
