@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/aiwq.h"
+#include "cpu/block.h"
 #include "cpu/depthwise.h"
 #include "cpu/duq.h"
 #include "cpu/isa.h"
@@ -33,11 +34,22 @@ STABLE_TORCH_LIBRARY(profit_cpu, m) {
       "aiwq_depthwise(Tensor x, Tensor y_new, Tensor weight_old, Tensor? bias, int[] stride, int[] padding,"
       " int[] dilation, float pad_value, Tensor? a_x, Tensor? c_x, int? act_bits, bool is_signed, float offset,"
       " int activation, float eps) -> Tensor");
+  m.def("block_moments(Tensor x, float eps) -> (Tensor mean, Tensor var, Tensor invstd)");
+  m.def(
+      "block_input(Tensor x, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor? a, Tensor? c, int? bits,"
+      " bool is_signed, float offset, int activation) -> Tensor");
+  m.def(
+      "block_input_backward(Tensor(a!) grad, Tensor x, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor? a,"
+      " Tensor? c, int? bits, bool is_signed, float offset, int activation, bool of_batch)"
+      " -> (Tensor? g_gamma, Tensor? g_beta, Tensor? ga, Tensor? gc)");
   m.def("isa() -> int");
   m.def("limit_isa(int level) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CPU, m) {
+  m.impl("block_moments", TORCH_BOX(&profit::cpu::block_moments));
+  m.impl("block_input", TORCH_BOX(&profit::cpu::block_input));
+  m.impl("block_input_backward", TORCH_BOX(&profit::cpu::block_input_backward));
   m.impl("duq_forward", TORCH_BOX(&profit::cpu::duq_forward));
   m.impl("duq_backward", TORCH_BOX(&profit::cpu::duq_backward));
   m.impl("duq_weights_forward", TORCH_BOX(&profit::cpu::duq_weights_forward));

@@ -28,7 +28,7 @@ _HALVES = (torch.float32, torch.bfloat16, torch.float16)
 # What each backend has a kernel for: operator -> dtypes. The reference serves every operator, device and float dtype.
 _KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "cpp": dict.fromkeys(("duq", "duq_weights", "duq_codes"), (*_HALVES, torch.float64))
-    | dict.fromkeys(("depthwise", "duq_depthwise", "aiwq", "aiwq_conv"), _HALVES),
+    | dict.fromkeys(("depthwise", "duq_depthwise", "aiwq", "aiwq_conv", "block"), _HALVES),
     "triton": {"duq": _HALVES, "duq_weights": _HALVES, "duq_codes": _HALVES},
     "cuda": {},
 }

@@ -56,3 +56,9 @@ PERCENTILE = 1e-3
 CALIBRATED = {"rtol": 1e-3, "atol": 0}
 # A 90% quantile of a uniform distribution on [0, 1] from a random part of 1e4 values: standard error 3e-3, five of them.
 SUBSAMPLED_QUANTILE = 0.015
+# Mean, variance and 1 / deviation of a channel, float32 from sums in float64: one rounding, and what a mean of 1000 deviations
+# costs a variance taken as a difference in float64.
+MOMENTS = {"rtol": 2e-7, "atol": 1e-9}
+# A whole block in float32 against torch's own functions, in L2, relative: BatchNorm is evaluated in another order, so that a code
+# in about 1e5 may be one step apart, of 500 to 1000 values in these cases; without a flip 1e-6.
+BLOCK_RELATIVE = 2e-5

@@ -14,7 +14,7 @@ from ..depthwise.op import autocast, duq_depthwise_conv2d
 from ..depthwise.reference import quantize_input
 from ..duq.op import duq_fake_quantize, no_double_backward
 from ..duq.reference import ACTIVATIONS, compute_dtype
-from . import reference
+from . import cpp, reference
 from .reference import Convolution, Norm, Quantizer
 
 _TENSORS = (
@@ -43,19 +43,22 @@ def _unflatten(x, mean, invstd, gamma, beta, weight, a, c, bias, of_batch, bits,
 
 @torch.library.impl("profit_kernels::block_moments", "default")
 def _moments(x, eps):
-    dispatch.choose("block", x)
+    if dispatch.choose("block", x) == "cpp":
+        return cpp.moments(x, eps)
     return reference.moments(x, eps)
 
 
 @torch.library.impl("profit_kernels::block_conv2d", "default")
 def _block(x, *rest):
-    dispatch.choose("block", x)
+    if dispatch.choose("block", x) == "cpp":
+        return cpp.block(*_unflatten(x, *rest))
     return reference.block(*_unflatten(x, *rest))
 
 
 @torch.library.impl("profit_kernels::block_conv2d_backward", "default")
 def _block_backward(grad, x, *rest):
-    dispatch.choose("block", x)
+    if dispatch.choose("block", x) == "cpp":
+        return cpp.block_backward(grad, *_unflatten(x, *rest[:-3]), rest[-3:])
     return reference.block_backward(grad, *_unflatten(x, *rest[:-3]), rest[-3:])
 
 
