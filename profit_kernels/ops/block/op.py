@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ... import dispatch
 from ...checks import check_bits, check_quantizer, pads, pair
@@ -41,25 +42,27 @@ def _unflatten(x, mean, invstd, gamma, beta, weight, a, c, bias, of_batch, bits,
     return x, norm, weight, quantizer, bias, Convolution(*geometry)
 
 
-@torch.library.impl("profit_kernels::block_moments", "default")
 def _moments(x, eps):
     if dispatch.choose("block", x) == "cpp":
         return cpp.moments(x, eps)
     return reference.moments(x, eps)
 
 
-@torch.library.impl("profit_kernels::block_conv2d", "default")
 def _block(x, *rest):
     if dispatch.choose("block", x) == "cpp":
         return cpp.block(*_unflatten(x, *rest))
     return reference.block(*_unflatten(x, *rest))
 
 
-@torch.library.impl("profit_kernels::block_conv2d_backward", "default")
 def _block_backward(grad, x, *rest):
     if dispatch.choose("block", x) == "cpp":
         return cpp.block_backward(grad, *_unflatten(x, *rest[:-3]), rest[-3:])
     return reference.block_backward(grad, *_unflatten(x, *rest[:-3]), rest[-3:])
+
+
+torch.library.impl("profit_kernels::block_moments", "default", _moments)
+torch.library.impl("profit_kernels::block_conv2d", "default", _block)
+torch.library.impl("profit_kernels::block_conv2d_backward", "default", _block_backward)
 
 
 @torch.library.register_fake("profit_kernels::block_moments")
@@ -80,7 +83,6 @@ def _(grad, x, *rest):
 
 
 _TENSOR_COUNT = 9  # x and _TENSORS
-_BIAS = 8
 
 
 def _setup_context(ctx, inputs, output):
@@ -88,19 +90,45 @@ def _setup_context(ctx, inputs, output):
     ctx.settings = inputs[_TENSOR_COUNT:]
 
 
-def _autograd(ctx, grad):
+def _gradients(ctx, grad, backward):
+    """Of all inputs, from the one `backward` that computes what some of them need."""
     needs = ctx.needs_input_grad
     x, mean, invstd, gamma, beta, weight, a, c, bias = range(_TENSOR_COUNT)
     need = (any(needs[i] for i in (x, gamma, beta, a, c)), needs[weight], needs[bias])
-    gx, g_gamma, g_beta, gw, ga, gc, gb = torch.ops.profit_kernels.block_conv2d_backward(
-        grad, *ctx.saved_tensors, *ctx.settings, *need
-    )
+    gx, g_gamma, g_beta, gw, ga, gc, gb = backward(grad, *ctx.saved_tensors, *ctx.settings, *need)
     # Statistics of the batch have no gradient of their own: dL/dx holds it already.
     return gx, None, None, g_gamma, g_beta, gw, ga, gc, gb, *[None] * len(ctx.settings)
 
 
+def _autograd(ctx, grad):
+    return _gradients(ctx, grad, torch.ops.profit_kernels.block_conv2d_backward)
+
+
 torch.library.register_autograd("profit_kernels::block_conv2d", _autograd, setup_context=_setup_context)
 torch.library.register_autograd("profit_kernels::block_conv2d_backward", no_double_backward("block_conv2d"))
+
+
+class _Eager(torch.autograd.Function):
+    """The registered operator without its way through the dispatcher, which costs as much as a small layer."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _setup_context(ctx, inputs, None)
+        return _block(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _gradients(ctx, grad, _block_backward)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing traces or wraps x."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def _apply(x: Tensor, *rest) -> Tensor:
+    return _Eager.apply(x, *rest) if _is_plain(x) else torch.ops.profit_kernels.block_conv2d(x, *rest)
 
 
 def block_conv2d(
@@ -178,7 +206,7 @@ def block_conv2d(
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_(var.to(running_var.dtype), momentum)
     weight = _quantized_weight(weight, a_w, c_w, weight_bits)
-    return torch.ops.profit_kernels.block_conv2d(
+    return _apply(
         x, mean, invstd, bn_weight, bn_bias, weight, a_x, c_x, bias, training, *settings, *geometry
     )
 
@@ -215,7 +243,7 @@ def duq_conv2d(
     if dispatch.choose("block", x) == "reference":
         return _in_parts(x, weight, a_x, c_x, a_w, c_w, bias, weight_bits, settings, geometry)
     weight = _quantized_weight(weight, a_w, c_w, weight_bits)
-    return torch.ops.profit_kernels.block_conv2d(
+    return _apply(
         x, None, None, None, None, weight, a_x, c_x, bias, False, *settings, *geometry
     )
 
@@ -248,7 +276,7 @@ def _statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(mean, variance, 1 / sqrt(variance + eps)): of this batch (the variance unbiased), or the running ones."""
     if training:
-        return torch.ops.profit_kernels.block_moments(x.detach(), eps)
+        return _moments(x.detach(), eps) if _is_plain(x) else torch.ops.profit_kernels.block_moments(x.detach(), eps)
     dtype = compute_dtype(x)
     var = running_var.to(dtype)
     return running_mean.to(dtype), var, (var + eps).rsqrt()

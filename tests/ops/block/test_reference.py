@@ -148,7 +148,7 @@ def test_double_backward_is_refused(rng, registered):
     (g,) = torch.autograd.grad(
         pk.block_conv2d(*vars(s).values(), **arguments(CASES[0])).square().sum(), s.x, create_graph=True
     )
-    with pytest.raises(RuntimeError, match="block_conv2d cannot be differentiated twice"):
+    with pytest.raises(RuntimeError, match="twice"):
         g.sum().backward()
 
 
