@@ -31,6 +31,17 @@ void check_input(const Tensor& x) {
       "block: x must be contiguous or channels_last");
 }
 
+Quantizer<float> input_quantizer(
+    const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits, bool is_signed, double offset) {
+  if (!bits.has_value()) {
+    return {};
+  }
+  STD_TORCH_CHECK(2 <= *bits && *bits <= 8, "block: bits must be 2 to 8, got ", *bits);
+  STD_TORCH_CHECK(a.has_value() && c.has_value(), "block: bits need the interval a and the scale c");
+  STD_TORCH_CHECK(a->numel() == 1 && c->numel() == 1, "block: the input has one interval and one scale");
+  return {softplus(values<float>(*a)[0]), softplus(values<float>(*c)[0]), *bits, is_signed, offset};
+}
+
 // v = alpha * x + shift per channel; the identity where there is no BatchNorm.
 struct Front {
   std::vector<float> mean, invstd, alpha, shift;
@@ -90,7 +101,7 @@ class Runs {
 };
 
 std::vector<float> spread(const Walk& walk, const std::vector<float>& per_channel, int64_t task) {
-  std::vector<float> lanes(walk.lanes());
+  std::vector<float> lanes(walk.room(), 0.0f);
   walk.spread(per_channel, task, lanes.data());
   return lanes;
 }
@@ -126,10 +137,10 @@ struct BackwardSums {
 
 // The first pass of the backward: grad becomes dL/dv.
 void first_pass(
-    const Walk& walk, const Tensor& grad, const Tensor& x, const Front& front, const Quantizer& quantizer,
+    const Walk& walk, const Tensor& grad, const Tensor& x, const Front& front, const Quantizer<float>& quantizer,
     const BlockKernels& kernels, BackwardSums& sums) {
   walk.parallel([&](int64_t begin, int64_t end) {
-    const int64_t lanes = walk.lanes();
+    const int64_t lanes = walk.room();
     Runs from(x, false, kernels, lanes), gradient(grad, true, kernels, lanes);
     std::vector<float> lane_sums(4 * lanes, 0.0f);
     const LaneSums lane{lane_sums.data(), lane_sums.data() + lanes, lane_sums.data() + 2 * lanes, lane_sums.data() + 3 * lanes};
@@ -194,7 +205,7 @@ std::tuple<Tensor, Tensor, Tensor> block_moments(Tensor x, double eps) {
     for (int64_t task = begin; task < end; ++task) {
       std::fill(sum.begin(), sum.end(), 0.0);
       std::fill(square.begin(), square.end(), 0.0);
-      walk.runs(task, [&](int64_t at, int64_t n) { kernels.moments(from.load(at, n), n, 1, sum.data(), square.data()); });
+      walk.runs(task, [&](int64_t at, int64_t n) { kernels.moments(from.load(at, n), n, sum.data(), square.data()); });
       walk.gather(sum.data(), task, sums.data() + walk.part(task) * walk.channels());
       walk.gather(square.data(), task, squares.data() + walk.part(task) * walk.channels());
     }
@@ -217,7 +228,7 @@ Tensor block_input(
   check_input(x);
   const Walk walk(x);
   const Front front(walk.channels(), mean, invstd, gamma, beta);
-  const Quantizer quantizer = input_quantizer("block", a, c, bits, is_signed, offset);
+  const Quantizer<float> quantizer = input_quantizer(a, c, bits, is_signed, offset);
   const auto kernels = block_kernels(x.scalar_type(), bits.has_value(), static_cast<Activation>(activation), quantizer);
   Tensor y = torch::stable::empty_like(x);
   walk.parallel([&](int64_t begin, int64_t end) {
@@ -243,7 +254,7 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, 
       "block: grad must have the shape, dtype and strides of x");
   const Walk walk(x);
   const Front front(walk.channels(), mean, invstd, gamma, beta);
-  const Quantizer quantizer = input_quantizer("block", a, c, bits, is_signed, offset);
+  const Quantizer<float> quantizer = input_quantizer(a, c, bits, is_signed, offset);
   const auto kernels = block_kernels(x.scalar_type(), bits.has_value(), static_cast<Activation>(activation), quantizer);
   BackwardSums sums(walk);
   first_pass(walk, grad, x, front, quantizer, kernels, sums);

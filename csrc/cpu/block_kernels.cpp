@@ -3,6 +3,10 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -22,9 +26,9 @@ using torch::headeronly::ScalarType;
 
 }  // namespace
 
-BlockKernels block_kernels(ScalarType type, bool quantized, Activation activation, const Quantizer& quantizer) {
+BlockKernels block_kernels(ScalarType type, bool quantized, Activation activation, const Quantizer<float>& quantizer) {
 #if defined(__x86_64__)
-  if (!quantized || is_ordinary(quantizer)) {
+  if (!quantized || quantizer.is_ordinary()) {
     switch (static_cast<Isa>(isa())) {
       case Isa::avx512:
         return avx512::kernels(type, quantized, activation);

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "duq.h"
-#include "quantizer.h"
+#include "parameters.h"
 
 namespace profit::cpu {
 
@@ -19,17 +19,17 @@ struct LaneSums {
 struct BlockKernels {
   void (*widen)(const void* from, float* to, int64_t n);
   void (*narrow)(const float* from, void* to, int64_t n);
-  void (*input)(const float* x, float* y, int64_t n, const float* alpha, const float* shift, const Quantizer&);
+  void (*input)(const float* x, float* y, int64_t n, const float* alpha, const float* shift, const Quantizer<float>&);
   void (*input_backward)(
-      float* g, const float* x, int64_t n, const float* alpha, const float* shift, const float* mean, const Quantizer&,
+      float* g, const float* x, int64_t n, const float* alpha, const float* shift, const float* mean, const Quantizer<float>&,
       const LaneSums&);
   void (*finish)(
       float* g, const float* x, int64_t n, const float* scale, const float* slope, const float* mean, const float* constant);
-  void (*moments)(const float* x, int64_t n, int64_t lines, double* sum, double* square);
+  void (*moments)(const float* x, int64_t n, double* sum, double* square);
 };
 
 // The table for the instruction set in use (isa.h). `type` is that of x; `quantized` false lets act(v) pass through.
 BlockKernels block_kernels(
-    torch::headeronly::ScalarType type, bool quantized, Activation activation, const Quantizer& quantizer);
+    torch::headeronly::ScalarType type, bool quantized, Activation activation, const Quantizer<float>& quantizer);
 
 }  // namespace profit::cpu

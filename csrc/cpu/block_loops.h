@@ -1,21 +1,40 @@
 // The inner loops of a block's input side, over a run of n elements whose channels' constants stand beside them. Included once
 // per instruction set by block_kernels.cpp, hence no include guard.
 #include "duq_math.h"
-#include "quantizer_math.h"
 
 namespace PROFIT_ISA {
 
+// n elements of a register, at most PROFIT_LANES; the others are 0.
+PROFIT_INLINE Vec load_some(const float* p, int64_t n) {
+  if (n == PROFIT_LANES) {
+    return load(p);
+  }
+  float some[PROFIT_LANES] = {};
+  std::copy_n(p, n, some);
+  return load(some);
+}
+
+PROFIT_INLINE void store_some(float* p, Vec v, int64_t n) {
+  if (n == PROFIT_LANES) {
+    return store(p, v);
+  }
+  float some[PROFIT_LANES];
+  store(some, v);
+  std::copy_n(some, n, p);
+}
+
+// duq(act(v)), or act(v) alone, of v = alpha * x + shift. The constants (and the sums below) have room for whole registers.
 template <Activation act, bool quantized>
 PROFIT_TARGET void input(
-    const float* __restrict x, float* __restrict y, int64_t n, const float* __restrict alpha,
-    const float* __restrict shift, const Quantizer& k) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float v = x[i] * alpha[i] + shift[i];
+    const float* x, float* y, int64_t n, const float* alpha, const float* shift, const Quantizer<float>& quantizer) {
+  const VecQuantizer k(quantizer);
+  for (int64_t i = 0; i < n; i += PROFIT_LANES) {
+    const int64_t m = std::min<int64_t>(PROFIT_LANES, n - i);
+    const Vec v = load_some(x + i, m) * load(alpha + i) + load(shift + i);
     if constexpr (quantized) {
-      y[i] = round_half_even(scale_and_clip<act>(v, k) * k.s) * k.step + k.d;
+      store_some(y + i, k.value(k.code(k.clipped<act>(v))), m);
     } else {
-      y[i] = activate<float, act>(v);
+      store_some(y + i, activate<act>(v), m);
     }
   }
 }
@@ -24,29 +43,26 @@ PROFIT_TARGET void input(
 // s * dL/dC.
 template <Activation act, bool quantized>
 PROFIT_TARGET void input_backward(
-    float* __restrict g, const float* __restrict x, int64_t n, const float* __restrict alpha,
-    const float* __restrict shift, const float* __restrict mean, const Quantizer& k, const LaneSums& sums) {
-  float* __restrict of_g = sums.g;
-  float* __restrict of_gx = sums.gx;
-  float* __restrict of_a = sums.a;
-  float* __restrict of_c = sums.c;
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float v = x[i] * alpha[i] + shift[i];
-    float gv = g[i];
+    float* g, const float* x, int64_t n, const float* alpha, const float* shift, const float* mean,
+    const Quantizer<float>& quantizer, const LaneSums& sums) {
+  const VecQuantizer k(quantizer);
+  for (int64_t i = 0; i < n; i += PROFIT_LANES) {
+    const int64_t m = std::min<int64_t>(PROFIT_LANES, n - i);
+    const Vec from = load_some(x + i, m), v = from * load(alpha + i) + load(shift + i);
+    Vec gv = load_some(g + i, m);
     if constexpr (quantized) {
-      const float u = scale_and_clip<act>(v, k);
-      of_c[i] += gv * round_half_even(u * k.s);
-      gv = (u > k.lo) & (u < 1.0f) ? gv * k.ratio : 0.0f;
-      of_a[i] += gv * u;  // a NaN is seen in the sum
+      const Vec u = k.clipped<act>(v);
+      store(sums.c + i, load(sums.c + i) + gv * k.code(u));
+      gv *= k.slope(u);
+      store(sums.a + i, load(sums.a + i) + gv * u);  // a NaN is seen in the sum
     }
     if constexpr (act != Activation::none) {
-      const float slope = activate_grad<float, act>(v);
-      gv *= v == v ? slope : 0.0f;
+      const Vec slope = activate_grad<act>(v);
+      gv *= v == v ? slope : Vec{};
     }
-    of_g[i] += gv;
-    of_gx[i] += gv * (x[i] - mean[i]);
-    g[i] = gv;
+    store(sums.g + i, load(sums.g + i) + gv);
+    store(sums.gx + i, load(sums.gx + i) + gv * (from - load(mean + i)));
+    store_some(g + i, gv, m);
   }
 }
 
@@ -60,27 +76,14 @@ PROFIT_TARGET inline void finish(
   }
 }
 
-// Adds `lines` runs of n elements each, which lie one after the other, to the sums of x and of its square.
+// Adds n elements and their squares to sums in double.
 PROFIT_TARGET inline void moments(
-    const float* __restrict x, int64_t n, int64_t lines, double* __restrict sum, double* __restrict square) {
-  int64_t line = 0;
-  for (; line + 4 <= lines; line += 4) {
-    const float* __restrict p = x + line * n;
+    const float* __restrict x, int64_t n, double* __restrict sum, double* __restrict square) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const double a = p[i], b = p[n + i], c = p[2 * n + i], d = p[3 * n + i];
-      sum[i] += (a + b) + (c + d);
-      square[i] += (a * a + b * b) + (c * c + d * d);
-    }
-  }
-  for (; line < lines; ++line) {
-    const float* __restrict p = x + line * n;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      const double a = p[i];
-      sum[i] += a;
-      square[i] += a * a;
-    }
+  for (int64_t i = 0; i < n; ++i) {
+    const double v = x[i];
+    sum[i] += v;
+    square[i] += v * v;
   }
 }
 

@@ -39,7 +39,9 @@ class Walk {
   int64_t channels() const { return channels_; }
   int64_t samples() const { return images_ * plane_; }
   int64_t tasks() const { return tasks_; }
-  // Room for a run.
+  // Room for a run in whole registers, of the widest.
+  int64_t room() const { return (lanes() + 15) / 16 * 16; }
+  // Elements of a run.
   int64_t lanes() const { return last_ ? repeat_ * channels_ : std::min(kRun, plane_); }
   // How many sums of a channel there are: in NCHW one task has all of it.
   int64_t parts() const { return last_ ? tasks_ : 1; }
