@@ -5,11 +5,13 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 #include "../common/layout.h"
 #include "block_kernels.h"
 #include "block_walk.h"
+#include "front.h"
 
 namespace profit::cpu {
 
@@ -30,45 +32,6 @@ void check_input(const Tensor& x) {
       x.is_contiguous() || (is_dense(x) && (x.size(1) == 1 || x.stride(1) == 1)),
       "block: x must be contiguous or channels_last");
 }
-
-Quantizer<float> input_quantizer(
-    const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits, bool is_signed, double offset) {
-  if (!bits.has_value()) {
-    return {};
-  }
-  STD_TORCH_CHECK(2 <= *bits && *bits <= 8, "block: bits must be 2 to 8, got ", *bits);
-  STD_TORCH_CHECK(a.has_value() && c.has_value(), "block: bits need the interval a and the scale c");
-  STD_TORCH_CHECK(a->numel() == 1 && c->numel() == 1, "block: the input has one interval and one scale");
-  return {softplus(values<float>(*a)[0]), softplus(values<float>(*c)[0]), *bits, is_signed, offset};
-}
-
-// v = alpha * x + shift per channel; the identity where there is no BatchNorm.
-struct Front {
-  std::vector<float> mean, invstd, alpha, shift;
-
-  Front(
-      int64_t channels, const std::optional<Tensor>& mean_, const std::optional<Tensor>& invstd_,
-      const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta)
-      : mean(channels, 0.0f), invstd(channels, 1.0f), alpha(channels, 1.0f), shift(channels, 0.0f) {
-    for (const auto* t : {&mean_, &invstd_, &gamma, &beta}) {
-      STD_TORCH_CHECK(
-          !t->has_value() || (*t)->numel() == channels, "block: BatchNorm must have one value for each of the ", channels,
-          " channels of x");
-    }
-    if (!mean_.has_value()) {
-      return;
-    }
-    STD_TORCH_CHECK(invstd_.has_value(), "block: mean needs invstd");
-    mean = values<float>(*mean_);
-    invstd = values<float>(*invstd_);
-    const std::vector<float> g = gamma.has_value() ? values<float>(*gamma) : std::vector<float>(channels, 1.0f);
-    const std::vector<float> b = beta.has_value() ? values<float>(*beta) : std::vector<float>(channels, 0.0f);
-    for (int64_t i = 0; i < channels; ++i) {
-      alpha[i] = invstd[i] * g[i];
-      shift[i] = b[i] - mean[i] * alpha[i];
-    }
-  }
-};
 
 // Runs of a tensor of any of the types as floats: in place, or by way of a buffer.
 class Runs {
@@ -135,7 +98,7 @@ struct BackwardSums {
       : g(walk.parts() * walk.channels(), 0.0), gx(g.size(), 0.0), a(walk.tasks(), 0.0), c(walk.tasks(), 0.0) {}
 };
 
-// The first pass of the backward: grad becomes dL/dv.
+// The first pass of the backward: grad becomes alpha * dL/dv.
 void first_pass(
     const Walk& walk, const Tensor& grad, const Tensor& x, const Front& front, const Quantizer<float>& quantizer,
     const BlockKernels& kernels, BackwardSums& sums) {
@@ -173,25 +136,43 @@ void first_pass(
   });
 }
 
-// The second: dL/dv becomes dL/dx = scale * g + slope * (x - mean) + constant.
-void second_pass(
-    const Walk& walk, const Tensor& grad, const Tensor& x, const Front& front, const std::vector<float>& slope,
-    const std::vector<float>& constant, const BlockKernels& kernels) {
-  walk.parallel([&](int64_t begin, int64_t end) {
-    Runs from(x, false, kernels, walk.lanes()), gradient(grad, true, kernels, walk.lanes());
-    for (int64_t task = begin; task < end; ++task) {
-      const auto scale = spread(walk, front.alpha, task), mean = spread(walk, front.mean, task);
-      const auto slopes = spread(walk, slope, task), constants = spread(walk, constant, task);
-      walk.runs(task, [&](int64_t at, int64_t n) {
-        kernels.finish(
-            gradient.load(at, n), from.load(at, n), n, scale.data(), slopes.data(), mean.data(), constants.data());
-        gradient.store(at, n);
-      });
-    }
-  });
-}
-
 }  // namespace
+
+std::pair<std::optional<Tensor>, std::optional<Tensor>> finish_batch_norm(
+    Tensor& grad, const Tensor& x, const Front& front, const std::vector<double>& of_g, const std::vector<double>& of_gx,
+    const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, bool of_batch) {
+  const Walk walk(x);
+  const double n = static_cast<double>(walk.samples());
+  std::vector<double> g_gamma(walk.channels());
+  std::vector<float> slope(walk.channels()), constant(walk.channels());
+  for (int64_t i = 0; i < walk.channels(); ++i) {
+    g_gamma[i] = of_gx[i] * front.invstd[i];
+    slope[i] = static_cast<float>(-front.alpha[i] * front.invstd[i] * g_gamma[i] / n);
+    constant[i] = static_cast<float>(-front.alpha[i] * of_g[i] / n);
+  }
+  if (of_batch) {
+    const BlockKernels kernels = block_kernels(x.scalar_type(), false, Activation::none, {});
+    walk.parallel([&](int64_t begin, int64_t end) {
+      Runs from(x, false, kernels, walk.room()), gradient(grad, true, kernels, walk.room());
+      for (int64_t task = begin; task < end; ++task) {
+        const auto mean = spread(walk, front.mean, task), slopes = spread(walk, slope, task);
+        const auto constants = spread(walk, constant, task);
+        walk.runs(task, [&](int64_t at, int64_t m) {
+          kernels.finish(gradient.load(at, m), from.load(at, m), m, slopes.data(), mean.data(), constants.data());
+          gradient.store(at, m);
+        });
+      }
+    });
+  }
+  std::optional<Tensor> of_gamma, of_beta;
+  if (gamma.has_value()) {
+    of_gamma = from_values(g_gamma, gamma->scalar_type());
+  }
+  if (beta.has_value()) {
+    of_beta = from_values(of_g, beta->scalar_type());
+  }
+  return {of_gamma, of_beta};
+}
 
 std::tuple<Tensor, Tensor, Tensor> block_moments(Tensor x, double eps) {
   check_input(x);
@@ -227,16 +208,17 @@ Tensor block_input(
     int64_t activation) {
   check_input(x);
   const Walk walk(x);
-  const Front front(walk.channels(), mean, invstd, gamma, beta);
-  const Quantizer<float> quantizer = input_quantizer(a, c, bits, is_signed, offset);
-  const auto kernels = block_kernels(x.scalar_type(), bits.has_value(), static_cast<Activation>(activation), quantizer);
+  const InputSide input(
+      "block", Front(walk.channels(), mean, invstd, gamma, beta), a, c, bits, is_signed, offset, activation);
+  const Front& front = input.front;
+  const auto kernels = block_kernels(x.scalar_type(), input.quantized, input.activation, input.quantizer);
   Tensor y = torch::stable::empty_like(x);
   walk.parallel([&](int64_t begin, int64_t end) {
     Runs from(x, false, kernels, walk.lanes()), to(y, true, kernels, walk.lanes());
     for (int64_t task = begin; task < end; ++task) {
       const auto alpha = spread(walk, front.alpha, task), shift = spread(walk, front.shift, task);
       walk.runs(task, [&](int64_t at, int64_t n) {
-        kernels.input(from.load(at, n), to.room(at), n, alpha.data(), shift.data(), quantizer);
+        kernels.input(from.load(at, n), to.room(at), n, alpha.data(), shift.data(), input.quantizer);
         to.store(at, n);
       });
     }
@@ -253,42 +235,28 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, 
       grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel() && same_strides(grad, x),
       "block: grad must have the shape, dtype and strides of x");
   const Walk walk(x);
-  const Front front(walk.channels(), mean, invstd, gamma, beta);
-  const Quantizer<float> quantizer = input_quantizer(a, c, bits, is_signed, offset);
-  const auto kernels = block_kernels(x.scalar_type(), bits.has_value(), static_cast<Activation>(activation), quantizer);
+  const InputSide input(
+      "block", Front(walk.channels(), mean, invstd, gamma, beta), a, c, bits, is_signed, offset, activation);
+  const Front& front = input.front;
+  const auto kernels = block_kernels(x.scalar_type(), input.quantized, input.activation, input.quantizer);
   BackwardSums sums(walk);
-  first_pass(walk, grad, x, front, quantizer, kernels, sums);
+  first_pass(walk, grad, x, front, input.quantizer, kernels, sums);
 
   std::optional<Tensor> g_gamma, g_beta, ga, gc;
   if (bits.has_value()) {
     double dA = 0, dC = 0;
     for (int64_t task = 0; task < walk.tasks(); ++task) {
       dA -= sums.a[task];
-      dC += sums.c[task] / quantizer.s;
+      dC += sums.c[task] / input.quantizer.s;
     }
     ga = parameter_grad<float>(*a, {dA});
     gc = parameter_grad<float>(*c, {dC});
   }
-  if (!mean.has_value()) {
+  if (!front.present) {
     return {g_gamma, g_beta, ga, gc};
   }
-  std::vector<double> of_g = total(walk, sums.g), of_gx = total(walk, sums.gx);
-  std::vector<float> slope(walk.channels(), 0.0f), constant(walk.channels(), 0.0f);
-  const double n = static_cast<double>(walk.samples());
-  for (int64_t i = 0; i < walk.channels(); ++i) {
-    of_gx[i] *= front.invstd[i];  // now the sum of dL/dv * x^
-    if (of_batch) {
-      slope[i] = static_cast<float>(-front.alpha[i] * front.invstd[i] * of_gx[i] / n);
-      constant[i] = static_cast<float>(-front.alpha[i] * of_g[i] / n);
-    }
-  }
-  second_pass(walk, grad, x, front, slope, constant, kernels);
-  if (gamma.has_value()) {
-    g_gamma = from_values(of_gx, gamma->scalar_type());
-  }
-  if (beta.has_value()) {
-    g_beta = from_values(of_g, beta->scalar_type());
-  }
+  std::tie(g_gamma, g_beta) =
+      finish_batch_norm(grad, x, front, total(walk, sums.g), total(walk, sums.gx), gamma, beta, of_batch);
   return {g_gamma, g_beta, ga, gc};
 }
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace profit::cpu {
 
@@ -28,5 +29,23 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, 
     Tensor grad, Tensor x, std::optional<Tensor> mean, std::optional<Tensor> invstd, std::optional<Tensor> gamma,
     std::optional<Tensor> beta, std::optional<Tensor> a, std::optional<Tensor> c, std::optional<int64_t> bits, bool is_signed,
     double offset, int64_t activation, bool of_batch);
+
+// The whole block where the convolution is depthwise: y = conv(pad(block_input(x), pad_value), weight) + bias. weight: quantized.
+// Otherwise as duq_depthwise_forward (depthwise.h) takes it; x dense.
+Tensor block_depthwise(
+    Tensor x, Tensor mean, Tensor invstd, std::optional<Tensor> gamma, std::optional<Tensor> beta, Tensor weight,
+    std::optional<Tensor> a, std::optional<Tensor> c, std::optional<Tensor> bias, std::optional<int64_t> bits, bool is_signed,
+    double offset, int64_t activation, std::vector<int64_t> stride, std::vector<int64_t> padding,
+    std::vector<int64_t> dilation, double pad_value);
+
+// Gradients of x, gamma, beta, weight, a, c, bias; that of the weight only where it is needed.
+std::tuple<
+    Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
+    std::optional<Tensor>>
+block_depthwise_backward(
+    Tensor grad, Tensor x, Tensor mean, Tensor invstd, std::optional<Tensor> gamma, std::optional<Tensor> beta, Tensor weight,
+    std::optional<Tensor> a, std::optional<Tensor> c, std::optional<Tensor> bias, std::optional<int64_t> bits, bool is_signed,
+    double offset, int64_t activation, std::vector<int64_t> stride, std::vector<int64_t> padding,
+    std::vector<int64_t> dilation, double pad_value, bool of_batch, bool need_weight);
 
 }  // namespace profit::cpu

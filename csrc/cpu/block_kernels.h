@@ -23,8 +23,7 @@ struct BlockKernels {
   void (*input_backward)(
       float* g, const float* x, int64_t n, const float* alpha, const float* shift, const float* mean, const Quantizer<float>&,
       const LaneSums&);
-  void (*finish)(
-      float* g, const float* x, int64_t n, const float* scale, const float* slope, const float* mean, const float* constant);
+  void (*finish)(float* g, const float* x, int64_t n, const float* slope, const float* mean, const float* constant);
   void (*moments)(const float* x, int64_t n, double* sum, double* square);
 };
 

@@ -39,7 +39,7 @@ PROFIT_TARGET void input(
   }
 }
 
-// g, the gradient of the result, becomes that of v. Adds to the sums of g and of g * (x - mean), and to the terms of -dL/dA and of
+// g, the gradient of the result, becomes alpha times that of v. Adds to the sums of the latter and of it times x - mean, and to the terms of -dL/dA and of
 // s * dL/dC.
 template <Activation act, bool quantized>
 PROFIT_TARGET void input_backward(
@@ -48,7 +48,8 @@ PROFIT_TARGET void input_backward(
   const VecQuantizer k(quantizer);
   for (int64_t i = 0; i < n; i += PROFIT_LANES) {
     const int64_t m = std::min<int64_t>(PROFIT_LANES, n - i);
-    const Vec from = load_some(x + i, m), v = from * load(alpha + i) + load(shift + i);
+    const Vec from = load_some(x + i, m);
+    const Vec v = from * load(alpha + i) + load(shift + i);
     Vec gv = load_some(g + i, m);
     if constexpr (quantized) {
       const Vec u = k.clipped<act>(v);
@@ -62,17 +63,17 @@ PROFIT_TARGET void input_backward(
     }
     store(sums.g + i, load(sums.g + i) + gv);
     store(sums.gx + i, load(sums.gx + i) + gv * (from - load(mean + i)));
-    store_some(g + i, gv, m);
+    store_some(g + i, gv * load(alpha + i), m);
   }
 }
 
-// dL/dx of BatchNorm from dL/dv: scale * g + slope * (x - mean) + constant.
+// What the statistics of the batch add to g = alpha * dL/dv.
 PROFIT_TARGET inline void finish(
-    float* __restrict g, const float* __restrict x, int64_t n, const float* __restrict scale,
-    const float* __restrict slope, const float* __restrict mean, const float* __restrict constant) {
+    float* __restrict g, const float* __restrict x, int64_t n, const float* __restrict slope, const float* __restrict mean,
+    const float* __restrict constant) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    g[i] = scale[i] * g[i] + slope[i] * (x[i] - mean[i]) + constant[i];
+    g[i] += slope[i] * (x[i] - mean[i]) + constant[i];
   }
 }
 

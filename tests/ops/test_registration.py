@@ -36,10 +36,10 @@ def samples(requires_grad: bool = True) -> dict[str, tuple]:
         "duq_weights": ([x, w], [a, a_w], [c, c_w], [4, 2]),
         "duq_weights_backward": ([g, w.detach()], [x, w], [a, a_w], [c, c_w], [4, 2]),
         "depthwise_conv2d": (x, w, bias, *geometry, -0.375),
-        "depthwise_conv2d_backward": (g, x, w, True, *geometry, -0.375),
+        "depthwise_conv2d_backward": (g, x, w, True, *geometry, -0.375, True),
         "duq_depthwise_conv2d": (x, w, a, c, a_w, c_w, bias, *geometry, 4, 3, False, -0.375, "hardswish", -0.375),
         "duq_depthwise_conv2d_backward": (
-            g, x, w, a, c, a_w, c_w, bias, *geometry, 4, 3, False, -0.375, "hardswish", -0.375,
+            g, x, w, a, c, a_w, c_w, bias, *geometry, 4, 3, False, -0.375, "hardswish", -0.375, True,
         ),  # fmt: skip
         "block_moments": (x.detach(), 1e-5),
         "block_conv2d": (x, *norm, w, a, c, bias, *block),

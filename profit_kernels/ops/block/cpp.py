@@ -48,10 +48,25 @@ def quantized_input_backward(
     return gx if dense is x else torch.empty_like(x).copy_(gx), *rest
 
 
+def is_fused(norm: Norm | None, weight: Tensor) -> bool:
+    """Whether one kernel computes the whole block: BatchNorm in front of a depthwise convolution."""
+    return norm is not None and weight.shape[1] == 1
+
+
+def _depthwise_arguments(norm: Norm, weight: Tensor, q: Quantizer, bias: Tensor | None, conv: Convolution) -> tuple[Any, ...]:
+    mean, invstd, gamma, beta, *quantizer = _arguments(norm, q)
+    intervals, settings = quantizer[:2], quantizer[2:]
+    tensors = (mean, invstd, gamma, beta, weight, *intervals, bias)
+    return *tensors, *settings, conv.stride, conv.pads, conv.dilation, conv.pad_value
+
+
 def block(
     x: Tensor, norm: Norm | None, weight: Tensor, q: Quantizer, bias: Tensor | None, conv: Convolution
 ) -> Tensor:
     """y; see reference.block."""
+    if is_fused(norm, weight):
+        native.load()
+        return torch.ops.profit_cpu.block_depthwise(x, *_depthwise_arguments(norm, weight, q, bias, conv))
     return reference.block(x, norm, weight, q, bias, conv, quantized_input)
 
 
@@ -60,5 +75,11 @@ def block_backward(
     need: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, gamma, beta, weight, a, c, bias; see reference.block_backward."""
+    if is_fused(norm, weight):
+        native.load()
+        gx, g_gamma, g_beta, gw, ga, gc, gb = torch.ops.profit_cpu.block_depthwise_backward(
+            grad, x, *_depthwise_arguments(norm, weight, q, bias, conv), norm.of_batch, need[1]
+        )
+        return gx, g_gamma, g_beta, gw, ga, gc, gb
     stages = (quantized_input, quantized_input_backward)
     return reference.block_backward(grad, x, norm, weight, q, bias, conv, need, *stages)

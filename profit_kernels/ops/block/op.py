@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from ... import dispatch
 from ...checks import check_bits, check_quantizer, pads, pair
+from ..depthwise import layout
 from ..depthwise.op import autocast, duq_depthwise_conv2d
 from ..depthwise.reference import quantize_input
 from ..duq.op import duq_fake_quantize, no_double_backward
@@ -71,10 +72,13 @@ def _(x, eps):
     return tuple(x.new_empty(x.shape[1], dtype=dtype) for _ in range(3))
 
 
-# The fakes run the reference on meta tensors: a convolution's memory format is torch's to decide.
+# The fakes run the reference on meta tensors: a convolution's memory format is torch's to decide. A kernel's is ours.
 @torch.library.register_fake("profit_kernels::block_conv2d")
 def _(x, *rest):
-    return reference.block(*_unflatten(x, *rest))
+    x, norm, weight, q, bias, conv = _unflatten(x, *rest)
+    if dispatch.choose("block", x) == "cpp" and cpp.is_fused(norm, weight):
+        return layout.output(x, weight, conv.stride, conv.pads, conv.dilation)
+    return reference.block(x, norm, weight, q, bias, conv)
 
 
 @torch.library.register_fake("profit_kernels::block_conv2d_backward")
