@@ -79,6 +79,10 @@ def pair(make, x, config=None, **settings):
     """(fused, unfused): one net converted both ways, with one calibration."""
     torch.manual_seed(0)
     original = make().to(x.dtype)
+    for module in original.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            # A channel that is the same everywhere would lie on the activation's kink, where the last bit decides.
+            nn.init.uniform_(module.bias, -0.5, 0.5)
     config = {"weight_bits": 4, "act_bits": 4, "padding": "zero", **(config or {}), **settings}
     nets = []
     for fuse in (True, False):
