@@ -36,6 +36,9 @@ NAME = "profit_kernels._cpu"
 SOURCES = [
     "csrc/registration.cpp",
     "csrc/cpu/aiwq.cpp",
+    "csrc/cpu/block.cpp",
+    "csrc/cpu/block_depthwise.cpp",
+    "csrc/cpu/block_kernels.cpp",
     "csrc/cpu/depthwise.cpp",
     "csrc/cpu/depthwise_kernels.cpp",
     "csrc/cpu/depthwise_plan.cpp",

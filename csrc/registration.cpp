@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/aiwq.h"
+#include "cpu/block.h"
 #include "cpu/depthwise.h"
 #include "cpu/duq.h"
 #include "cpu/isa.h"
@@ -25,19 +26,41 @@ STABLE_TORCH_LIBRARY(profit_cpu, m) {
   m.def(
       "duq_depthwise_backward(Tensor grad, Tensor x, Tensor weight, Tensor? a_x, Tensor? c_x, Tensor? a_w, Tensor? c_w,"
       " Tensor? bias, int[] stride, int[] padding, int[] dilation, int? act_bits, int? weight_bits, bool is_signed,"
-      " float offset, int activation, float pad_value)"
-      " -> (Tensor gx, Tensor gw, Tensor? ga_x, Tensor? gc_x, Tensor? ga_w, Tensor? gc_w, Tensor? gb)");
+      " float offset, int activation, float pad_value, bool need_weight=True)"
+      " -> (Tensor gx, Tensor? gw, Tensor? ga_x, Tensor? gc_x, Tensor? ga_w, Tensor? gc_w, Tensor? gb)");
   m.def("aiwq_kl(Tensor y_new, Tensor y_old, float eps) -> Tensor");
   m.def("aiwq_moments(Tensor y) -> Tensor");
   m.def(
       "aiwq_depthwise(Tensor x, Tensor y_new, Tensor weight_old, Tensor? bias, int[] stride, int[] padding,"
       " int[] dilation, float pad_value, Tensor? a_x, Tensor? c_x, int? act_bits, bool is_signed, float offset,"
       " int activation, float eps) -> Tensor");
+  m.def("block_moments(Tensor x, float eps) -> (Tensor mean, Tensor var, Tensor invstd)");
+  m.def(
+      "block_input(Tensor x, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor? a, Tensor? c, int? bits,"
+      " bool is_signed, float offset, int activation) -> Tensor");
+  m.def(
+      "block_input_backward(Tensor(a!) grad, Tensor x, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor? a,"
+      " Tensor? c, int? bits, bool is_signed, float offset, int activation, bool of_batch)"
+      " -> (Tensor? g_gamma, Tensor? g_beta, Tensor? ga, Tensor? gc)");
+  m.def(
+      "block_depthwise(Tensor x, Tensor mean, Tensor invstd, Tensor? gamma, Tensor? beta, Tensor weight, Tensor? a, Tensor? c,"
+      " Tensor? bias, int? bits, bool is_signed, float offset, int activation, int[] stride, int[] padding, int[] dilation,"
+      " float pad_value) -> Tensor");
+  m.def(
+      "block_depthwise_backward(Tensor grad, Tensor x, Tensor mean, Tensor invstd, Tensor? gamma, Tensor? beta,"
+      " Tensor weight, Tensor? a, Tensor? c, Tensor? bias, int? bits, bool is_signed, float offset, int activation,"
+      " int[] stride, int[] padding, int[] dilation, float pad_value, bool of_batch, bool need_weight)"
+      " -> (Tensor gx, Tensor? g_gamma, Tensor? g_beta, Tensor? gw, Tensor? ga, Tensor? gc, Tensor? gb)");
   m.def("isa() -> int");
   m.def("limit_isa(int level) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CPU, m) {
+  m.impl("block_moments", TORCH_BOX(&profit::cpu::block_moments));
+  m.impl("block_depthwise", TORCH_BOX(&profit::cpu::block_depthwise));
+  m.impl("block_depthwise_backward", TORCH_BOX(&profit::cpu::block_depthwise_backward));
+  m.impl("block_input", TORCH_BOX(&profit::cpu::block_input));
+  m.impl("block_input_backward", TORCH_BOX(&profit::cpu::block_input_backward));
   m.impl("duq_forward", TORCH_BOX(&profit::cpu::duq_forward));
   m.impl("duq_backward", TORCH_BOX(&profit::cpu::duq_backward));
   m.impl("duq_weights_forward", TORCH_BOX(&profit::cpu::duq_weights_forward));

@@ -10,6 +10,7 @@ Importing this package needs torch and numpy, compiles nothing and touches no GP
 
 from .aiwq import AIWQMonitor
 from .authors import load_authors_checkpoint
+from .blocks import unfuse_
 from .bn import reestimate_bn_
 from .calibrate import calibrate_
 from .config import DuQConfig
@@ -58,4 +59,5 @@ __all__ = [
     "quantize_",
     "reestimate_bn_",
     "set_bits",
+    "unfuse_",
 ]

@@ -95,6 +95,7 @@ class AIWQMonitor:
         if self._previous and self._iteration % self.every == 0:
             layer = self._layers[name]
             measure = _corrected_kl if self.mode == "corrected" else _original_kl
+            x = layer.after_norm(x)
             self._pending.append((index, measure(layer, x, y_new, self._previous[name].to(layer.weight.device))))
 
     @torch.no_grad()

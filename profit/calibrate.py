@@ -16,7 +16,7 @@ from .batches import run_batch
 from .config import check_choice
 from .dataflow import eval_mode
 from .errors import CalibrationError, ConversionError
-from .nn import InputQuantizer, QuantLayer
+from .nn import InputQuantizer, QuantConv2d, QuantLayer
 from .nn.quantizer import apply_activation
 from .quantize import quant_layers
 
@@ -119,7 +119,8 @@ def _observing(model: nn.Module, layers: Mapping[str, QuantLayer], samples: Mapp
 
 def _hook(name: str, sample: _Sample, mode: str):
     def hook(layer: QuantLayer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        seen = _seen(layer.input_quantizer, next(iter((*args, *kwargs.values()))), mode)
+        x = next(iter((*args, *kwargs.values())))
+        seen = _seen(layer.input_quantizer, layer.after_norm(x) if isinstance(layer, QuantConv2d) else x, mode)
         if not bool(torch.isfinite(seen).all()):
             raise CalibrationError(f"calibration: the input of layer {name!r} holds NaN or infinity")
         sample.add(seen[seen > 0])

@@ -81,6 +81,8 @@ class DuQConfig:
         quantizer: "duq", or one of the baselines "pact", "qil", "lsq", "lsq+".
         input_kinds: "data_flow" derives every kind from the lower bound of what feeds the layer; "original" is the same
             but feeds squeeze-and-excite layers signed, the choice of the method's authors.
+        fuse: let a convolution apply the BatchNorm in front of it, where it alone reads it: one tensor kept for the backward
+            instead of three. A hook on such a BatchNorm sees its input; `profit.unfuse_` takes it back.
         fuse_activations: move a ReLU, ReLU6 or h-swish module into the quantizer of its only reader.
         overrides: layer name or shell pattern (`"blocks.*.conv_dw"`) -> mapping with any of weight_bits, act_bits, kind,
             offset, padding, skip. Later entries win; a pattern that matches no layer is an error at conversion.
@@ -96,6 +98,7 @@ class DuQConfig:
     first_last_bits: int | None = None
     quantizer: Literal["duq", "pact", "qil", "lsq", "lsq+"] = "duq"
     input_kinds: Literal["data_flow", "original"] = "data_flow"
+    fuse: bool = True
     fuse_activations: bool = True
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -107,8 +110,9 @@ class DuQConfig:
         check_choice(self.padding, ("negative", "zero"), "padding")
         check_choice(self.quantizer, QUANTIZERS, "quantizer")
         check_choice(self.input_kinds, ("data_flow", "original"), "input_kinds")
-        if not isinstance(self.fuse_activations, bool):
-            raise TypeError(f"fuse_activations must be True or False; got {self.fuse_activations!r}")
+        for name in ("fuse", "fuse_activations"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if not isinstance(self.overrides, Mapping):
             raise TypeError(f"overrides must map layer names to settings; got {type(self.overrides).__name__}")
         for pattern, settings in self.overrides.items():

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .blocks import norm_to_defer
 from .config import ACTIVATIONS, DuQConfig, check_bits
 from .dataflow import LayerFlow, is_layer, trace
 from .errors import CalibrationError, ConversionError
-from .nn import QuantConv2d, QuantLayer, QuantLinear, weight_batch
+from .nn import DeferredBatchNorm, QuantConv2d, QuantLayer, QuantLinear, weight_batch
 from .nn.conv import is_same_padded
 from .nn.layer import check_own_parameters
 from .nn.linear import check_plain_linear
@@ -83,6 +84,10 @@ def quantize_(
         if producer is not None:
             layer.fused_from = flow.producer
             swaps[producer] = nn.Identity().train(producer.training)
+        norm = norm_to_defer(model, config, flow, layer, producer)
+        if norm is not None:
+            swaps[norm] = DeferredBatchNorm(norm)
+            layer.set_norm(swaps[norm], flow.norm)
     _warn_of_padding(model, [layer for layer in swaps.values() if isinstance(layer, QuantConv2d)])
     swap_modules(model, swaps)
     weight_batch.attach(model)

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from .blocks import is_deferrable
 from .config import QUANTIZERS, DuQConfig, check_bits
 from .errors import CheckpointError, ConversionError
-from .nn import QuantConv2d, QuantLayer, QuantLinear
+from .nn import DeferredBatchNorm, QuantConv2d, QuantLayer, QuantLinear
 from .nn.layer import quantizer_classes
 from .quantize import layer_table, quant_layers, swap_modules
 from .table import LayerTable
@@ -40,6 +41,7 @@ def _layer_state(name: str, layer: QuantLayer) -> dict[str, Any]:
         "offset": q.offset,
         "activation": q.activation,
         "fused_from": prefix + layer.fused_from if layer.fused_from else "",
+        "norm": prefix + layer.norm_name if isinstance(layer, QuantConv2d) and layer.norm_name else "",
         "batch_norm": prefix + layer.batch_norm if layer.batch_norm else "",
         "act_bits": q.bits,
         "weight_bits": w.bits,
@@ -73,6 +75,7 @@ def apply_quantization_state_(model: nn.Module, state: Mapping[str, Any]) -> Lay
             raise CheckpointError(f"quantization state of layer {name!r} is damaged: {error}") from error
         layer.order = order
         swaps[source] = layer
+        producer = None
         if layer.fused_from:
             producer = _submodule(model, layer.fused_from)
             if any(True for _ in producer.parameters()):
@@ -80,6 +83,14 @@ def apply_quantization_state_(model: nn.Module, state: Mapping[str, Any]) -> Lay
                     f"quantization state of layer {name!r} is damaged: {layer.fused_from!r} is no activation"
                 )
             swaps[producer] = nn.Identity().train(producer.training)
+        # Absent in states written before there were blocks.
+        norm_name = values.get("norm", "")
+        if norm_name:
+            norm = _submodule(model, norm_name)
+            if not is_deferrable(norm, producer):
+                raise CheckpointError(f"quantization state of layer {name!r} is damaged: {norm_name!r} is no BatchNorm2d")
+            swaps[norm] = DeferredBatchNorm(norm)
+            layer.set_norm(swaps[norm], norm_name)
     swap_modules(model, swaps)
     return layer_table(model)
 

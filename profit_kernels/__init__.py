@@ -5,6 +5,7 @@ Importing this package compiles nothing, loads no native library and touches no 
 
 from .dispatch import BackendError, available_backends, set_backend, use_backend
 from .ops.aiwq.op import aiwq_conv2d, aiwq_kl
+from .ops.block.op import block_batch_norm, block_conv2d, duq_conv2d
 from .ops.depthwise.op import depthwise_conv2d, duq_depthwise_conv2d
 from .ops.duq.op import duq_codes, duq_fake_quantize, duq_fake_quantize_weights
 
@@ -15,8 +16,11 @@ __all__ = [
     "aiwq_conv2d",
     "aiwq_kl",
     "available_backends",
+    "block_batch_norm",
+    "block_conv2d",
     "depthwise_conv2d",
     "duq_codes",
+    "duq_conv2d",
     "duq_depthwise_conv2d",
     "duq_fake_quantize",
     "duq_fake_quantize_weights",

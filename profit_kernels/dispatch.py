@@ -21,14 +21,14 @@ from . import native
 log = logging.getLogger("profit_kernels")
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
-OPS = ("duq", "duq_weights", "duq_codes", "depthwise", "duq_depthwise", "aiwq", "aiwq_conv")
+OPS = ("duq", "duq_weights", "duq_codes", "depthwise", "duq_depthwise", "aiwq", "aiwq_conv", "block")
 
 _HALVES = (torch.float32, torch.bfloat16, torch.float16)
 
 # What each backend has a kernel for: operator -> dtypes. The reference serves every operator, device and float dtype.
 _KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "cpp": dict.fromkeys(("duq", "duq_weights", "duq_codes"), (*_HALVES, torch.float64))
-    | dict.fromkeys(("depthwise", "duq_depthwise", "aiwq", "aiwq_conv"), _HALVES),
+    | dict.fromkeys(("depthwise", "duq_depthwise", "aiwq", "aiwq_conv", "block"), _HALVES),
     "triton": dict.fromkeys(("duq", "duq_weights", "duq_codes", "depthwise", "duq_depthwise"), _HALVES),
     "cuda": {},
 }

@@ -71,3 +71,15 @@ DEVICE_INTERVAL = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 5e-
 DEVICE_STEP = 0.05
 # Eager against compiled, float32: the compiler fuses, so sums and products round in another order.
 COMPILED = {"rtol": 1e-4, "atol": 1e-5}
+# Mean, variance and 1 / deviation of a channel, float32 from sums in float64: one rounding, and what a mean of 1000 deviations
+# costs a variance taken as a difference in float64.
+MOMENTS = {"rtol": 2e-7, "atol": 1e-9}
+# A whole block in float32 against torch's own functions, in L2, relative: BatchNorm is evaluated in another order, so that a code
+# in about 1e5 may be one step apart, of 500 to 1000 values in these cases. A missing term shows in the first digit.
+BLOCK_RELATIVE = 0.02
+# A few training steps in float64, BatchNorm evaluated in another order: roundings of 1e-16, grown by the steps.
+FUSED_TRAINING = {"rtol": 1e-8, "atol": 1e-10}
+# The same in float32 with 4-bit codes: a code in about 1e5 falls on the other side of an edge, and moves later steps.
+FUSED_LOSS = 0.02
+# AIWQ in float32 where nothing changed: the outputs are the same numbers but for the order of a convolution's sums.
+KL_OF_NOTHING = 1e-9

@@ -76,7 +76,7 @@ Geometry shape_of(const Tensor& y) {
   return g;
 }
 
-RowKernels plain_kernels(ScalarType type) { return row_kernels(type, false, Activation::none, {}, {1, 1, 1, 1}); }
+RowKernels plain_kernels(ScalarType type) { return row_kernels(type, {}, Activation::none, {}, {1, 1, 1, 1}); }
 
 // The first value of each channel, 0 in the lanes behind the last.
 std::vector<float> first_values(const Tensor& y, const RowKernels& kernels) {
@@ -206,15 +206,15 @@ Tensor aiwq_depthwise(
       y_new.size(0) == g.images && y_new.size(1) == g.channels() && y_new.size(2) == g.out_height &&
           y_new.size(3) == g.out_width,
       "aiwq: y_new must have the shape of the layer's output");
-  check_side("act", a_x, c_x, act_bits);
+  const InputSide input("aiwq", Front(x.size(1)), a_x, c_x, act_bits, is_signed, offset, activation);
   const Plan plan(g, g.out_height, g.height * g.width);
   const auto type = y_new.scalar_type();
   const std::vector<float> w = pack(weight_old, type, plan, g.taps());
   const std::vector<float> b =
       bias.has_value() ? pack(*bias, type, plan, 1) : std::vector<float>(plan.blocks * plan.width(), 0.0f);
-  const Quantizer<float> quantizer = input_quantizer(a_x, c_x, act_bits, is_signed, offset);
+  const PackedFront front(input.front, plan, g.multiplier);
   const RowKernels kernels = row_kernels(
-      x.scalar_type(), act_bits.has_value(), static_cast<Activation>(activation), quantizer, g.row_taps());
+      x.scalar_type(), {input.quantized, input.front.present, false}, input.activation, input.quantizer, g.row_taps());
   const RowKernels of_output = plain_kernels(type);
   const float border = rounded(rounded(static_cast<float>(pad_value), kernels), of_output);
   const TensorRows in = TensorRows::of(x, false), fresh = TensorRows::of(y_new, false);
@@ -225,7 +225,7 @@ Tensor aiwq_depthwise(
   torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
     const int64_t row_floats = plan.width() * g.out_width;
     Scratch scratch(QuantizedRows::floats(g, plan) + 2 * row_floats);
-    QuantizedRows rows(g, plan, kernels, quantizer, in, border, scratch);
+    QuantizedRows rows(g, plan, kernels, input.quantizer, front, in, border, scratch);
     if (!fresh.is_float) {
       rows.round_with(of_output.round);
     }

@@ -20,6 +20,9 @@ using torch::headeronly::ScalarType;
 
 Tensor quantized_weight(
     const Tensor& weight, const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits) {
+  STD_TORCH_CHECK(
+      !bits.has_value() || (2 <= *bits && *bits <= 8 && a.has_value() && c.has_value()),
+      "depthwise: weight_bits must be 2 to 8 and needs the interval a and the scale c");
   return bits.has_value() ? duq_forward(weight, *a, *c, *bits, true, 0.0, static_cast<int64_t>(Activation::none)) : weight;
 }
 
@@ -53,6 +56,7 @@ struct Partials {
   std::vector<float> weight;   // [part][block][tap][lane]
   std::vector<float> bias;     // [part][block][lane]
   std::vector<double> a, c;    // [task]
+  std::vector<double> g, gx;   // [part][block][lane]: of dL/dv and dL/dv * (x - mean)
 
   Partials(const Plan& plan, int64_t taps)
       : taps(taps),
@@ -60,7 +64,9 @@ struct Partials {
         weight(plan.tasks() * taps * plan.width(), 0.0f),
         bias(plan.tasks() * plan.width(), 0.0f),
         a(plan.tasks(), 0.0),
-        c(plan.tasks(), 0.0) {}
+        c(plan.tasks(), 0.0),
+        g(plan.tasks() * plan.width(), 0.0),
+        gx(g.size(), 0.0) {}
 };
 
 // [part][block][row][lane] -> [channel][row], a float32 tensor of `like`'s shape.
@@ -83,6 +89,17 @@ Tensor total(const std::vector<float>& partial, const Plan& plan, int64_t rows, 
   return result;
 }
 
+// [part][block][lane] -> [input channel]: the filters of one are added up.
+std::vector<double> per_input_channel(const std::vector<double>& partial, const Plan& plan, int64_t multiplier) {
+  std::vector<double> sums(plan.channels / multiplier, 0.0);
+  for (int64_t part = 0; part < plan.chunks * plan.bands; ++part) {
+    for (int64_t c = 0; c < plan.channels; ++c) {
+      sums[c / multiplier] += partial[(part * plan.blocks + c / plan.lanes) * plan.width() + c % plan.lanes];
+    }
+  }
+  return sums;
+}
+
 // `from` (contiguous float32) in the dtype and with the strides of `like`.
 Tensor like(const Tensor& like, const Tensor& from) {
   if (like.scalar_type() == ScalarType::Float && same_strides(like, from)) {
@@ -95,34 +112,29 @@ Tensor like(const Tensor& like, const Tensor& from) {
 
 }  // namespace
 
-Tensor duq_depthwise_forward(
-    Tensor x, Tensor weight, std::optional<Tensor> a_x, std::optional<Tensor> c_x, std::optional<Tensor> a_w,
-    std::optional<Tensor> c_w, std::optional<Tensor> bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
-    std::vector<int64_t> dilation, std::optional<int64_t> act_bits, std::optional<int64_t> weight_bits, bool is_signed,
-    double offset, int64_t activation, double pad_value) {
-  const Geometry g = geometry(x, weight, stride, padding, dilation);
-  STD_TORCH_CHECK(0 <= activation && activation <= 3, "depthwise: unknown activation ", activation);
-  check_side("act", a_x, c_x, act_bits);
-  check_side("weight", a_w, c_w, weight_bits);
+Tensor depthwise_forward(
+    const Tensor& x, const InputSide& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Convolution& convolution) {
+  const Geometry g = geometry(x, weight, convolution.stride, convolution.padding, convolution.dilation);
   Tensor y = empty(x, weight, g.channels(), g.out_height, g.out_width);
   const Plan plan(g, g.out_height, g.height * g.width);
   if (plan.tasks() == 0) {
     return y;
   }
   const auto type = x.scalar_type();
-  const std::vector<float> w = pack(quantized_weight(weight, a_w, c_w, weight_bits), type, plan, g.taps());
+  const std::vector<float> w = pack(weight, type, plan, g.taps());
   const std::vector<float> b =
       bias.has_value() ? pack(*bias, type, plan, 1) : std::vector<float>(plan.blocks * plan.width(), 0.0f);
-  const Quantizer<float> quantizer = input_quantizer(a_x, c_x, act_bits, is_signed, offset);
-  const RowKernels kernels =
-      row_kernels(type, act_bits.has_value(), static_cast<Activation>(activation), quantizer, g.row_taps());
+  const PackedFront front(input.front, plan, g.multiplier);
+  const RowKernels kernels = row_kernels(
+      type, {input.quantized, input.front.present, false}, input.activation, input.quantizer, g.row_taps());
   const TensorRows in = TensorRows::of(x, false), out = TensorRows::of(y, true);
 
-  const float border = rounded(static_cast<float>(pad_value), kernels);
+  const float border = rounded(static_cast<float>(convolution.pad_value), kernels);
   torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
     const int64_t row_floats = plan.groups * g.out_width * kGroup;
     Scratch scratch(QuantizedRows::floats(g, plan) + Scratch::rounded(row_floats));
-    QuantizedRows rows(g, plan, kernels, quantizer, in, border, scratch);
+    QuantizedRows rows(g, plan, kernels, input.quantizer, front, in, border, scratch);
     float* buffer = scratch.take(row_floats);
     for (int64_t index = begin; index < end; ++index) {
       const Plan::Task task = plan.task(index);
@@ -146,18 +158,10 @@ Tensor duq_depthwise_forward(
   return y;
 }
 
-std::tuple<
-    Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
-    std::optional<Tensor>>
-duq_depthwise_backward(
-    Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> a_x, std::optional<Tensor> c_x,
-    std::optional<Tensor> a_w, std::optional<Tensor> c_w, std::optional<Tensor> bias, std::vector<int64_t> stride,
-    std::vector<int64_t> padding, std::vector<int64_t> dilation, std::optional<int64_t> act_bits,
-    std::optional<int64_t> weight_bits, bool is_signed, double offset, int64_t activation, double pad_value) {
-  const Geometry g = geometry(x, weight, stride, padding, dilation);
-  STD_TORCH_CHECK(0 <= activation && activation <= 3, "depthwise: unknown activation ", activation);
-  check_side("act", a_x, c_x, act_bits);
-  check_side("weight", a_w, c_w, weight_bits);
+DepthwiseGradients depthwise_backward(
+    const Tensor& grad, const Tensor& x, const InputSide& input, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Convolution& convolution, bool need_weight) {
+  const Geometry g = geometry(x, weight, convolution.stride, convolution.padding, convolution.dilation);
   STD_TORCH_CHECK(
       grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.dim() == 4 && grad.size(0) == g.images &&
           grad.size(1) == g.channels() && grad.size(2) == g.out_height && grad.size(3) == g.out_width,
@@ -165,18 +169,18 @@ duq_depthwise_backward(
   Tensor gx = empty(x, weight, g.in_channels, g.height, g.width);
   const Plan plan(g, g.padded_height(), g.height * g.width);
   const auto type = x.scalar_type();
-  const std::vector<float> w = pack(quantized_weight(weight, a_w, c_w, weight_bits), type, plan, g.taps());
-  const Quantizer<float> quantizer = input_quantizer(a_x, c_x, act_bits, is_signed, offset);
-  const RowKernels kernels =
-      row_kernels(type, act_bits.has_value(), static_cast<Activation>(activation), quantizer, g.row_taps());
+  const std::vector<float> w = pack(weight, type, plan, g.taps());
+  const PackedFront front(input.front, plan, g.multiplier);
+  const RowKernels kernels = row_kernels(
+      type, {input.quantized, input.front.present, need_weight}, input.activation, input.quantizer, g.row_taps());
   const TensorRows in = TensorRows::of(x, false), upstream = TensorRows::of(grad, false), out = TensorRows::of(gx, true);
 
-  const float border = rounded(static_cast<float>(pad_value), kernels);
+  const float border = rounded(static_cast<float>(convolution.pad_value), kernels);
   Partials partials(plan, g.taps());
   torch::stable::parallel_for(0, plan.tasks(), 1, [&](int64_t begin, int64_t end) {
     Scratch scratch(GradientRows::floats(g, plan) + KeptRow::floats(g, plan));
     GradientRows gradient(g, plan, kernels, upstream, scratch);
-    KeptRow row(g, plan, kernels, quantizer, in, out, border, scratch);
+    KeptRow row(g, plan, kernels, input.quantizer, front, in, out, border, scratch);
     for (int64_t index = begin; index < end; ++index) {
       const Plan::Task task = plan.task(index);
       const float* weights = w.data() + task.block * g.taps() * plan.width();
@@ -220,31 +224,68 @@ duq_depthwise_backward(
         }
       }
       row.sums(partials.a[index], partials.c[index]);
+      if (input.front.present) {
+        const int64_t at = (task.part * plan.blocks + task.block) * plan.width();
+        std::copy_n(row.sums_g(), task.channels, partials.g.data() + at);
+        std::copy_n(row.sums_gx(), task.channels, partials.gx.data() + at);
+      }
     }
   });
 
-  double dA = 0, dC = 0;
+  DepthwiseGradients result;
+  result.x = gx;
   for (int64_t i = 0; i < plan.tasks(); ++i) {
-    dA -= partials.a[i];
-    dC += partials.c[i] / quantizer.s;
+    result.A -= partials.a[i];
+    result.C += partials.c[i] / (input.quantized ? input.quantizer.s : 1.0f);
   }
-  std::optional<Tensor> ga_x, gc_x, ga_w, gc_w, gb;
+  if (need_weight) {
+    result.weight = like(weight, total(partials.weight, plan, g.taps(), weight));
+  }
+  if (bias.has_value()) {
+    result.bias = like(*bias, total(partials.bias, plan, 1, *bias));
+  }
+  if (input.front.present) {
+    result.of_g = per_input_channel(partials.g, plan, g.multiplier);
+    result.of_gx = per_input_channel(partials.gx, plan, g.multiplier);
+  }
+  return result;
+}
+
+Tensor duq_depthwise_forward(
+    Tensor x, Tensor weight, std::optional<Tensor> a_x, std::optional<Tensor> c_x, std::optional<Tensor> a_w,
+    std::optional<Tensor> c_w, std::optional<Tensor> bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
+    std::vector<int64_t> dilation, std::optional<int64_t> act_bits, std::optional<int64_t> weight_bits, bool is_signed,
+    double offset, int64_t activation, double pad_value) {
+  const InputSide input("depthwise", Front(x.dim() > 1 ? x.size(1) : 0), a_x, c_x, act_bits, is_signed, offset, activation);
+  return depthwise_forward(
+      x, input, quantized_weight(weight, a_w, c_w, weight_bits), bias, {stride, padding, dilation, pad_value});
+}
+
+std::tuple<
+    Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
+    std::optional<Tensor>>
+duq_depthwise_backward(
+    Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> a_x, std::optional<Tensor> c_x,
+    std::optional<Tensor> a_w, std::optional<Tensor> c_w, std::optional<Tensor> bias, std::vector<int64_t> stride,
+    std::vector<int64_t> padding, std::vector<int64_t> dilation, std::optional<int64_t> act_bits,
+    std::optional<int64_t> weight_bits, bool is_signed, double offset, int64_t activation, double pad_value,
+    bool need_weight) {
+  const InputSide input("depthwise", Front(x.dim() > 1 ? x.size(1) : 0), a_x, c_x, act_bits, is_signed, offset, activation);
+  const DepthwiseGradients g = depthwise_backward(
+      grad, x, input, quantized_weight(weight, a_w, c_w, weight_bits), bias, {stride, padding, dilation, pad_value}, need_weight);
+  std::optional<Tensor> gw = g.weight, ga_x, gc_x, ga_w, gc_w;
   if (act_bits.has_value()) {
-    ga_x = parameter_grad<float>(*a_x, {dA});
-    gc_x = parameter_grad<float>(*c_x, {dC});
+    ga_x = parameter_grad<float>(*a_x, {g.A});
+    gc_x = parameter_grad<float>(*c_x, {g.C});
   }
-  Tensor gw = like(weight, total(partials.weight, plan, g.taps(), weight));
-  if (weight_bits.has_value()) {
+  if (need_weight && weight_bits.has_value()) {
     auto [through, ga, gc] =
-        duq_backward(gw, weight, *a_w, *c_w, *weight_bits, true, 0.0, static_cast<int64_t>(Activation::none));
+        duq_backward(*gw, weight, *a_w, *c_w, *weight_bits, true, 0.0, static_cast<int64_t>(Activation::none));
     gw = through;
     ga_w = ga;
     gc_w = gc;
   }
-  if (bias.has_value()) {
-    gb = like(*bias, total(partials.bias, plan, 1, *bias));
-  }
-  return {gx, gw, ga_x, gc_x, ga_w, gc_w, gb};
+  return {g.x, gw, ga_x, gc_x, ga_w, gc_w, g.bias};
 }
 
 }  // namespace profit::cpu

@@ -9,24 +9,9 @@
 #include <vector>
 
 #include "depthwise_plan.h"
+#include "front.h"
 
 namespace profit::cpu {
-
-inline void check_side(const char* side, const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits) {
-  if (bits.has_value()) {
-    STD_TORCH_CHECK(2 <= *bits && *bits <= 8, "depthwise: ", side, "_bits must be 2 to 8, got ", *bits);
-    STD_TORCH_CHECK(a.has_value() && c.has_value(), "depthwise: ", side, "_bits needs the interval a and the scale c");
-  }
-}
-
-inline Quantizer<float> input_quantizer(
-    const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits, bool is_signed, double offset) {
-  if (!bits.has_value()) {
-    return {};
-  }
-  STD_TORCH_CHECK(a->numel() == 1 && c->numel() == 1, "depthwise: the input has one interval and one scale");
-  return {softplus(values<float>(*a)[0]), softplus(values<float>(*c)[0]), *bits, is_signed, offset};
-}
 
 // v as a tensor of the type would hold it, whose kernels these are.
 inline float rounded(float v, const RowKernels& kernels) {
@@ -35,6 +20,31 @@ inline float rounded(float v, const RowKernels& kernels) {
   kernels.round({lanes, kGroup, kGroup}, 1, 1);
   return lanes[0];
 }
+
+// The constants of a BatchNorm beside the lanes of every block of channels.
+struct PackedFront {
+  std::vector<float> alpha, shift, mean;
+  int64_t width;
+
+  PackedFront(const Front& front, const Plan& plan, int64_t multiplier) : width(plan.width()) {
+    if (!front.present) {
+      return;
+    }
+    for (auto* v : {&alpha, &shift, &mean}) {
+      v->assign(plan.blocks * width, 0.0f);
+    }
+    for (int64_t c = 0; c < plan.channels; ++c) {
+      const int64_t at = (c / plan.lanes) * width + c % plan.lanes;
+      alpha[at] = front.alpha[c / multiplier];
+      shift[at] = front.shift[c / multiplier];
+      mean[at] = front.mean[c / multiplier];
+    }
+  }
+
+  FrontLanes lanes(int64_t block) const {
+    return alpha.empty() ? FrontLanes{} : FrontLanes{&alpha[block * width], &shift[block * width], &mean[block * width]};
+  }
+};
 
 // A ring of padded rows of the quantized input, as many as the kernel is high; each is computed once per task.
 class QuantizedRows {
@@ -46,9 +56,9 @@ class QuantizedRows {
   }
 
   QuantizedRows(
-      const Geometry& g, const Plan& plan, const RowKernels& kernels, const Quantizer<float>& quantizer, const TensorRows& in,
-      float pad_value, Scratch& scratch)
-      : g_(g), kernels_(kernels), quantizer_(quantizer), in_(in), pad_value_(pad_value) {
+      const Geometry& g, const Plan& plan, const RowKernels& kernels, const Quantizer<float>& quantizer,
+      const PackedFront& front, const TensorRows& in, float pad_value, Scratch& scratch)
+      : g_(g), kernels_(kernels), quantizer_(quantizer), front_(front), in_(in), pad_value_(pad_value) {
     for (int64_t slot = 0; slot < ring(g); ++slot) {
       slots_.push_back(scratch.take(row_floats(g, plan)));
       std::fill_n(slots_.back(), row_floats(g, plan), pad_value);
@@ -96,7 +106,7 @@ class QuantizedRows {
       kernels_.load(from, in_.strides(), loaded_, g_.width, task_.channels, task_.groups, g_.multiplier);
       x = {loaded_, g_.width * kGroup, kGroup};
     }
-    kernels_.quantize(x, q, g_.width, task_.groups, quantizer_);
+    kernels_.quantize(x, q, g_.width, task_.groups, quantizer_, front_.lanes(task_.block));
     if (!in_.is_float) {
       kernels_.round(q, g_.width, task_.groups);
     }
@@ -108,6 +118,7 @@ class QuantizedRows {
   const Geometry& g_;
   const RowKernels& kernels_;
   const Quantizer<float>& quantizer_;
+  const PackedFront& front_;
   const TensorRows& in_;
   const float pad_value_;
   std::vector<float*> slots_;
@@ -170,23 +181,24 @@ class GradientRows {
 // One row of the input, quantized, with u, act' and the gradient that gathers for it.
 class KeptRow {
  public:
+  static constexpr int64_t kSums = 4;  // of what finish_row adds up
   static int64_t floats(const Geometry& g, const Plan& plan) {
     const int64_t lanes = plan.width();
-    return 2 * g.padded_width() * lanes + 3 * g.width * lanes + 2 * lanes;
+    return 2 * g.padded_width() * lanes + 3 * g.width * lanes + kSums * lanes;
   }
 
   KeptRow(
-      const Geometry& g, const Plan& plan, const RowKernels& kernels, const Quantizer<float>& quantizer, const TensorRows& in,
-      const TensorRows& out, float pad_value, Scratch& scratch)
-      : g_(g), kernels_(kernels), quantizer_(quantizer), in_(in), out_(out) {
+      const Geometry& g, const Plan& plan, const RowKernels& kernels, const Quantizer<float>& quantizer,
+      const PackedFront& front, const TensorRows& in, const TensorRows& out, float pad_value, Scratch& scratch)
+      : g_(g), kernels_(kernels), quantizer_(quantizer), front_(front), in_(in), out_(out) {
     const int64_t padded = g.padded_width() * plan.width(), plain = g.width * plan.width();
     q_ = scratch.take(padded);
     gq_ = scratch.take(padded);
     u_ = scratch.take(plain);
     slope_ = scratch.take(plain);
     buffer_ = scratch.take(plain);
-    row_sums_ = scratch.take(2 * plan.width());
-    sums_.resize(2 * plan.width());
+    row_sums_ = scratch.take(kSums * plan.width());
+    sums_.resize(kSums * plan.width());
     std::fill_n(q_, padded, pad_value);
   }
 
@@ -197,27 +209,28 @@ class KeptRow {
 
   void load(int64_t image, int64_t y) {
     const char* from = in_.at(image, task_.first_channel / g_.multiplier, y);
-    ConstLanes x{reinterpret_cast<const float*>(from), kGroup, in_.w, in_.h};
+    x_ = {reinterpret_cast<const float*>(from), kGroup, in_.w, in_.h};
     if (!in_.in_place(task_, g_.multiplier)) {
       kernels_.load(from, in_.strides(), buffer_, g_.width, task_.channels, task_.groups, g_.multiplier);
-      x = {buffer_, g_.width * kGroup, kGroup};
+      x_ = {buffer_, g_.width * kGroup, kGroup};
     }
     const Lanes q{q_ + g_.left * kGroup, group_stride(), kGroup};
-    kernels_.quantize_keeping(x, q, u_, slope_, g_.width, task_.groups, quantizer_);
+    kernels_.quantize_keeping(x_, q, u_, slope_, g_.width, task_.groups, quantizer_, front_.lanes(task_.block));
     if (!in_.is_float) {
       kernels_.round(q, g_.width, task_.groups);
     }
     std::fill_n(gq_, g_.padded_width() * task_.groups * kGroup, 0.0f);
   }
 
-  // Writes the gradient of the row and adds to the sums of the intervals.
+  // Writes the gradient of the row and adds to the sums of the intervals and of the BatchNorm.
   void finish(int64_t image, int64_t y) {
     char* to = out_.at(image, task_.first_channel / g_.multiplier, y);
     const bool in_place = out_.in_place(task_, g_.multiplier);
     const ConstLanes gq{gq_ + g_.left * kGroup, group_stride(), kGroup};
     const Lanes gx = in_place ? Lanes{reinterpret_cast<float*>(to), kGroup, out_.w, out_.h}
                               : Lanes{buffer_, g_.width * kGroup, kGroup};
-    kernels_.finish(gq, u_, slope_, gx, g_.width, task_.groups, quantizer_, row_sums_, sums_.data());
+    kernels_.finish(
+        gq, x_, u_, slope_, gx, g_.width, task_.groups, quantizer_, front_.lanes(task_.block), row_sums_, sums_.data());
     if (!in_place) {
       kernels_.store(buffer_, to, out_.strides(), g_.width, task_.channels, task_.groups, g_.multiplier);
     }
@@ -231,6 +244,9 @@ class KeptRow {
       c += sums_[lanes + j];
     }
   }
+  // Those of dL/dv and of dL/dv * (x - mean), lane by lane.
+  const double* sums_g() const { return sums_.data() + 2 * task_.groups * kGroup; }
+  const double* sums_gx() const { return sums_.data() + 3 * task_.groups * kGroup; }
 
   const float* q() const { return q_; }
   float* gq() { return gq_; }
@@ -240,9 +256,11 @@ class KeptRow {
   const Geometry& g_;
   const RowKernels& kernels_;
   const Quantizer<float>& quantizer_;
+  const PackedFront& front_;
   const TensorRows &in_, &out_;
+  ConstLanes x_{};
   float *q_, *gq_, *u_, *slope_, *buffer_, *row_sums_;
-  std::vector<double> sums_;  // [2][lane]
+  std::vector<double> sums_;  // [kSums][lane]
   Plan::Task task_{};
 };
 

@@ -27,20 +27,20 @@ using torch::headeronly::ScalarType;
 }  // namespace
 
 RowKernels row_kernels(
-    ScalarType type, bool quantized, Activation activation, const Quantizer<float>& quantizer, const Taps& taps) {
+    ScalarType type, const Wanted& wanted, Activation activation, const Quantizer<float>& quantizer, const Taps& taps) {
 #if defined(__x86_64__)
-  if (!quantized || quantizer.is_ordinary()) {
+  if (!wanted.quantized || quantizer.is_ordinary()) {
     switch (static_cast<Isa>(isa())) {
       case Isa::avx512:
-        return avx512::kernels(type, quantized, activation, taps);
+        return avx512::kernels(type, wanted, activation, taps);
       case Isa::avx2:
-        return avx2::kernels(type, quantized, activation, taps);
+        return avx2::kernels(type, wanted, activation, taps);
       case Isa::baseline:
         break;
     }
   }
 #endif
-  return baseline::kernels(type, quantized, activation, taps);
+  return baseline::kernels(type, wanted, activation, taps);
 }
 
 }  // namespace profit::cpu

@@ -35,17 +35,29 @@ struct Taps {
   int64_t kh, kw, stride, dilation;
 };
 
+// The BatchNorm in front of the activation, beside the lanes of a block of channels: v = alpha * x + shift.
+struct FrontLanes {
+  const float *alpha, *shift, *mean;
+};
+
+// Which loops a layer needs. `quantized` false lets act(v) pass through; `normed`: there is a BatchNorm; `weight_grad`: the
+// gradient of the weight is asked for.
+struct Wanted {
+  bool quantized, normed, weight_grad;
+};
+
 // What each does stands at its definition in depthwise_rows.h, depthwise_loops.h and aiwq_loops.h.
 struct RowKernels {
   void (*load)(const void* from, Strides, float* to, int64_t columns, int64_t channels, int64_t groups, int64_t multiplier);
   void (*store)(const float* from, void* to, Strides, int64_t columns, int64_t channels, int64_t groups, int64_t multiplier);
   void (*round)(Lanes q, int64_t columns, int64_t groups);
-  void (*quantize)(ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer<float>&);
+  void (*quantize)(ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer<float>&, const FrontLanes&);
   void (*quantize_keeping)(
-      ConstLanes x, Lanes q, float* u, float* slope, int64_t columns, int64_t groups, const Quantizer<float>&);
+      ConstLanes x, Lanes q, float* u, float* slope, int64_t columns, int64_t groups, const Quantizer<float>&,
+      const FrontLanes&);
   void (*finish)(
-      ConstLanes gq, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups, const Quantizer<float>&,
-      float* row_sums, double* sums);
+      ConstLanes gq, ConstLanes x, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups,
+      const Quantizer<float>&, const FrontLanes&, float* row_sums, double* sums);
   void (*add_moments)(ConstLanes y, const float* shift, int64_t columns, int64_t groups, double* sums);
   void (*add_run_moments)(const float* y, float shift, int64_t n, double& first, double& second);
   void (*sum)(const float* g, float* sums, int64_t columns, int64_t groups);
@@ -57,8 +69,8 @@ struct RowKernels {
       int64_t columns, int64_t groups, const Taps&);
 };
 
-// The table for the instruction set in use (isa.h). `type` is that of x; `quantized` false lets act(x) pass through.
+// The table for the instruction set in use (isa.h). `type` is that of x.
 RowKernels row_kernels(
-    torch::headeronly::ScalarType type, bool quantized, Activation activation, const Quantizer<float>&, const Taps&);
+    torch::headeronly::ScalarType type, const Wanted&, Activation activation, const Quantizer<float>&, const Taps&);
 
 }  // namespace profit::cpu

@@ -63,7 +63,7 @@ PROFIT_TARGET void forward_row(
 }
 
 // T columns of an output row's gradient g against one input row: gq += g * w, gw += g * q.
-template <int K, int S, int T>
+template <int K, int S, int T, bool weight_grad>
 PROFIT_INLINE void backward_tile(const float* g, const float* q, float* gq, const Vec (&w)[K], Vec (&gw)[K]) {
   constexpr int kSpan = (T - 1) * S + K;
   Vec acc[kSpan];
@@ -77,7 +77,9 @@ PROFIT_INLINE void backward_tile(const float* g, const float* q, float* gq, cons
 #pragma GCC unroll 8
     for (int x = 0; x < K; ++x) {
       acc[t * S + x] += v * w[x];
-      gw[x] += v * load(q + (t * S + x) * kGroup);
+      if constexpr (weight_grad) {
+        gw[x] += v * load(q + (t * S + x) * kGroup);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -88,7 +90,7 @@ PROFIT_INLINE void backward_tile(const float* g, const float* q, float* gq, cons
 
 // One output row's gradient against one input row, for the kw taps of one row of the kernel. g: [group][columns][16]; q and
 // gq: [group][row_group / 16 columns][16]; weight and gw: [tap][lane], `lanes` of them.
-template <int K, int S>
+template <int K, int S, bool weight_grad>
 PROFIT_TARGET void backward_row(
     const float* g, const float* q, float* gq, int64_t row_group, const float* weight, float* gw, int64_t lanes,
     int64_t columns, int64_t groups, const Taps& taps) {
@@ -108,10 +110,10 @@ PROFIT_TARGET void backward_row(
         }
         int64_t i = 0;
         for (; i + 4 <= columns; i += 4) {
-          backward_tile<K, S, 4>(g_ + i * kGroup, q_ + i * S * kGroup, gq_ + i * S * kGroup, w, sum);
+          backward_tile<K, S, 4, weight_grad>(g_ + i * kGroup, q_ + i * S * kGroup, gq_ + i * S * kGroup, w, sum);
         }
         for (; i < columns; ++i) {
-          backward_tile<K, S, 1>(g_ + i * kGroup, q_ + i * S * kGroup, gq_ + i * S * kGroup, w, sum);
+          backward_tile<K, S, 1, weight_grad>(g_ + i * kGroup, q_ + i * S * kGroup, gq_ + i * S * kGroup, w, sum);
         }
 #pragma GCC unroll 8
         for (int x = 0; x < K; ++x) {
@@ -125,7 +127,9 @@ PROFIT_TARGET void backward_row(
             const Vec v = load(g_ + i * kGroup);
             const int64_t at = (i * taps.stride + x * taps.dilation) * kGroup;
             store(gq_ + at, load(gq_ + at) + v * w);
-            sum += v * load(q_ + at);
+            if constexpr (weight_grad) {
+              sum += v * load(q_ + at);
+            }
           }
           store(gw_ + x * lanes, load(gw_ + x * lanes) + sum);
         }
@@ -147,13 +151,18 @@ PROFIT_TARGET inline void sum_row(const float* g, float* sums, int64_t columns, 
   }
 }
 
-template <int K>
-void use_width(RowKernels& kernels, int64_t stride) {
-  kernels.forward = stride == 1 ? forward_row<K, 1> : forward_row<K, 2>;
-  kernels.backward = stride == 1 ? backward_row<K, 1> : backward_row<K, 2>;
+template <int K, int S>
+void use_taps(RowKernels& kernels, bool weight_grad) {
+  kernels.forward = forward_row<K, S>;
+  kernels.backward = weight_grad ? backward_row<K, S, true> : backward_row<K, S, false>;
 }
 
-inline RowKernels kernels(ScalarType type, bool quantized, Activation activation, const Taps& taps) {
+template <int K>
+void use_width(RowKernels& kernels, int64_t stride, bool weight_grad) {
+  return stride == 1 ? use_taps<K, 1>(kernels, weight_grad) : use_taps<K, 2>(kernels, weight_grad);
+}
+
+inline RowKernels kernels(ScalarType type, const Wanted& wanted, Activation activation, const Taps& taps) {
   RowKernels result;
   switch (type) {
     case ScalarType::BFloat16:
@@ -165,26 +174,25 @@ inline RowKernels kernels(ScalarType type, bool quantized, Activation activation
     default:
       use_type<float>(result);
   }
-  if (quantized) {
-    use_rows<true>(result, activation);
+  if (wanted.normed) {
+    use_rows<AffineFront>(result, wanted.quantized, activation);
   } else {
-    use_rows<false>(result, activation);
+    use_rows<NoFront>(result, wanted.quantized, activation);
   }
   result.sum = sum_row;
   result.add_moments = add_row;
   result.add_run_moments = add_run;
-  result.forward = forward_row<0, 0>;
-  result.backward = backward_row<0, 0>;
+  use_taps<0, 0>(result, wanted.weight_grad);
   if (taps.dilation == 1 && taps.stride <= 2) {
     switch (taps.kw) {
       case 3:
-        use_width<3>(result, taps.stride);
+        use_width<3>(result, taps.stride, wanted.weight_grad);
         break;
       case 5:
-        use_width<5>(result, taps.stride);
+        use_width<5>(result, taps.stride, wanted.weight_grad);
         break;
       case 7:
-        use_width<7>(result, taps.stride);
+        use_width<7>(result, taps.stride, wanted.weight_grad);
         break;
     }
   }

@@ -5,16 +5,25 @@
 
 namespace PROFIT_ISA {
 
-// What stands in front of the activation, per channel: nothing here; a kernel that folds a BatchNorm in puts its scale and
-// shift in place of it.
+// What stands in front of the activation: nothing, or a BatchNorm as scale and shift of every lane.
 struct NoFront {
+  static constexpr bool normed = false;
+  PROFIT_INLINE explicit NoFront(const FrontLanes&) {}
   PROFIT_INLINE Vec operator()(Vec x, int64_t /*lane*/) const { return x; }
 };
 
-// q = duq(act(x)), or act(x) alone.
+struct AffineFront {
+  static constexpr bool normed = true;
+  const FrontLanes& lanes;
+  PROFIT_INLINE explicit AffineFront(const FrontLanes& lanes) : lanes(lanes) {}
+  PROFIT_INLINE Vec operator()(Vec x, int64_t lane) const { return x * load(lanes.alpha + lane) + load(lanes.shift + lane); }
+};
+
+// q = duq(act(v)), or act(v) alone, of v = front(x).
 template <Activation act, bool quantized, typename Front>
-PROFIT_INLINE void quantize_row_(
-    ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer<float>& quantizer, const Front& front) {
+PROFIT_TARGET void quantize_row(
+    ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer<float>& quantizer, const FrontLanes& front_lanes) {
+  const Front front(front_lanes);
   const VecQuantizer k(quantizer);
   for (int64_t i = 0; i < columns; ++i) {
     for (int64_t m = 0; m < groups; ++m) {
@@ -34,11 +43,12 @@ PROFIT_INLINE void quantize_row_(
   }
 }
 
-// Also keeps what the gradient needs: u, the clipped (h - d) / A, and the slope act'(x).
+// Also keeps what the gradient needs: u, the clipped (h - d) / A, and the slope act'(v).
 template <Activation act, bool quantized, typename Front>
-PROFIT_INLINE void quantize_row_keeping_(
+PROFIT_TARGET void quantize_row_keeping(
     ConstLanes x, Lanes q, float* u, float* slope, int64_t columns, int64_t groups, const Quantizer<float>& quantizer,
-    const Front& front) {
+    const FrontLanes& front_lanes) {
+  const Front front(front_lanes);
   const VecQuantizer k(quantizer);
   for (int64_t i = 0; i < columns; ++i) {
     for (int64_t m = 0; m < groups; ++m) {
@@ -65,66 +75,52 @@ PROFIT_INLINE void quantize_row_keeping_(
   }
 }
 
-// gq, the gradient of the quantized row, becomes that of the row. Adds to sums[2][lane] the terms of -dL/dA and of s * dL/dC, by
-// way of float32 sums over the row in row_sums[2][lane].
-template <Activation act, bool quantized>
-PROFIT_INLINE void finish_row_(
-    ConstLanes gq, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups,
-    const Quantizer<float>& quantizer, float* row_sums, double* sums) {
+// gq, the gradient of the quantized row, becomes that of the row. Adds to sums[row][lane], by way of float32 sums over the columns
+// in row_sums, the terms of -dL/dA and of s * dL/dC and, behind a BatchNorm, dL/dv and dL/dv * (x - mean); gx is alpha * dL/dv
+// there, without what the statistics of the batch add.
+template <Activation act, bool quantized, typename Front>
+PROFIT_TARGET void finish_row(
+    ConstLanes gq, ConstLanes x, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups,
+    const Quantizer<float>& quantizer, const FrontLanes& front, float* row_sums, double* sums) {
   const VecQuantizer k(quantizer);
-  const int64_t lanes = groups * kGroup;
-  if constexpr (quantized) {
-    std::fill_n(row_sums, 2 * lanes, 0.0f);
-  }
+  const int64_t lanes = groups * kGroup, rows = Front::normed ? 4 : quantized ? 2 : 0;
+  std::fill_n(row_sums, rows * lanes, 0.0f);
   for (int64_t i = 0; i < columns; ++i) {
     for (int64_t m = 0; m < groups; ++m) {
       const float* from = gq.at(m, i);
       float* to = gx.at(m, i);
       float* sum_a = row_sums + m * kGroup;
       float* sum_c = sum_a + lanes;
+      float* sum_g = sum_c + lanes;
+      float* sum_gx = sum_g + lanes;
       const int64_t kept = (m * columns + i) * kGroup;
       __builtin_prefetch(to + gx.ahead, 1);
 #pragma GCC unroll 4
       for (int64_t j = 0; j < kGroup; j += PROFIT_LANES) {
         const Vec g = load(from + j);
-        Vec gh = g;
+        Vec gv = g;
         if constexpr (quantized) {
           const Vec v = load(u + kept + j);
-          gh = g * k.slope(v);
-          store(sum_a + j, load(sum_a + j) + gh * v);
+          gv = g * k.slope(v);
+          store(sum_a + j, load(sum_a + j) + gv * v);
           store(sum_c + j, load(sum_c + j) + g * k.code(v));
         }
         if constexpr (act != Activation::none) {
-          gh *= load(slope + kept + j);
+          gv *= load(slope + kept + j);
         }
-        store(to + j, gh);
+        if constexpr (Front::normed) {
+          const int64_t lane = m * kGroup + j;
+          store(sum_g + j, load(sum_g + j) + gv);
+          store(sum_gx + j, load(sum_gx + j) + gv * (load(x.at(m, i) + j) - load(front.mean + lane)));
+          gv *= load(front.alpha + lane);
+        }
+        store(to + j, gv);
       }
     }
   }
-  if constexpr (quantized) {
-    for (int64_t j = 0; j < 2 * lanes; ++j) {
-      sums[j] += row_sums[j];
-    }
+  for (int64_t j = 0; j < rows * lanes; ++j) {
+    sums[j] += row_sums[j];
   }
-}
-
-template <Activation act, bool quantized>
-PROFIT_TARGET void quantize_row(
-    ConstLanes x, Lanes q, int64_t columns, int64_t groups, const Quantizer<float>& k) {
-  quantize_row_<act, quantized>(x, q, columns, groups, k, NoFront{});
-}
-
-template <Activation act, bool quantized>
-PROFIT_TARGET void quantize_row_keeping(
-    ConstLanes x, Lanes q, float* u, float* slope, int64_t columns, int64_t groups, const Quantizer<float>& k) {
-  quantize_row_keeping_<act, quantized>(x, q, u, slope, columns, groups, k, NoFront{});
-}
-
-template <Activation act, bool quantized>
-PROFIT_TARGET void finish_row(
-    ConstLanes gq, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups, const Quantizer<float>& k,
-    float* row_sums, double* sums) {
-  finish_row_<act, quantized>(gq, u, slope, gx, columns, groups, k, row_sums, sums);
 }
 
 // The row at `from` (channels and columns `strides` apart, `channels` of them) into dense groups; missing channels are 0.
@@ -201,24 +197,29 @@ PROFIT_TARGET void round_row(Lanes q, int64_t columns, int64_t groups) {
   }
 }
 
-template <Activation act, bool quantized>
+template <Activation act, bool quantized, typename Front>
 void use_rows(RowKernels& kernels) {
-  kernels.quantize = quantize_row<act, quantized>;
-  kernels.quantize_keeping = quantize_row_keeping<act, quantized>;
-  kernels.finish = finish_row<act, quantized>;
+  kernels.quantize = quantize_row<act, quantized, Front>;
+  kernels.quantize_keeping = quantize_row_keeping<act, quantized, Front>;
+  kernels.finish = finish_row<act, quantized, Front>;
 }
 
-template <bool quantized>
-void use_rows(RowKernels& kernels, Activation activation) {
+template <Activation act, typename Front>
+void use_rows(RowKernels& kernels, bool quantized) {
+  return quantized ? use_rows<act, true, Front>(kernels) : use_rows<act, false, Front>(kernels);
+}
+
+template <typename Front>
+void use_rows(RowKernels& kernels, bool quantized, Activation activation) {
   switch (activation) {
     case Activation::relu:
-      return use_rows<Activation::relu, quantized>(kernels);
+      return use_rows<Activation::relu, Front>(kernels, quantized);
     case Activation::relu6:
-      return use_rows<Activation::relu6, quantized>(kernels);
+      return use_rows<Activation::relu6, Front>(kernels, quantized);
     case Activation::hardswish:
-      return use_rows<Activation::hardswish, quantized>(kernels);
+      return use_rows<Activation::hardswish, Front>(kernels, quantized);
     case Activation::none:
-      return use_rows<Activation::none, quantized>(kernels);
+      return use_rows<Activation::none, Front>(kernels, quantized);
   }
 }
 

@@ -26,7 +26,7 @@ class Value:
 
     `activation(source)` is this value where both are set. `raw`: the model's input, up to shape, scale and
     normalisation. `opaque`: computed where nothing can be seen (scripted function, custom autograd function).
-    `layer` is set on the direct output of a traced layer, `producer` names the module that computed the activation.
+    `layer` is set on the direct output of a traced layer, `norm` (the module's name) on that of a BatchNorm; `producer` names the module that computed the activation.
     `readers` holds a layer name for a read by that layer and an integer for any other operation.
     """
 
@@ -41,6 +41,7 @@ class Value:
     constant: bool = False
     pooled: bool = False
     layer: str = ""
+    norm: str = ""
     producer: str = ""
     readers: set[str | int] = field(default_factory=set)
 

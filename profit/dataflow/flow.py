@@ -21,6 +21,8 @@ class LayerFlow:
         activation, producer: the function the input is the direct result of, and the module that computed it ("" if
             there is none or it is not a module).
         sole_reader: nothing else reads that input, and layer and producer both ran exactly once.
+        norm: name of the BatchNorm of which the input is the result, directly or through `producer`, where nothing else
+            reads its output or its input and it ran exactly once; else "".
         followed_by_bn: name of the BatchNorm that reads the output directly, else None.
         squeeze_excite: the layer computes a gate from a pooled tensor.
         input_shape, output_shape: of the (last) call, with the batch dimension.
@@ -34,6 +36,7 @@ class LayerFlow:
     activation: str = ""
     producer: str = ""
     sole_reader: bool = False
+    norm: str = ""
     followed_by_bn: str | None = None
     squeeze_excite: bool = False
     input_shape: tuple[int, ...] = ()

@@ -148,8 +148,10 @@ class Recorder(TorchFunctionMode):
         result = bounds.infer(name, *operands, parents)
         if not parents and name in ("tensor", "as_tensor", "zeros", "ones", "full") and isinstance(output, Tensor):
             result = _constant(output)
-        if name == "batch_norm" and parents and parents[0].layer:
-            self._note_batch_norm(parents[0].layer)
+        if name == "batch_norm" and parents and self.stack:
+            result.norm = self.stack[-1].name
+            if parents[0].layer:
+                self._note_batch_norm(parents[0].layer)
         self._note_gate(name, parents)
         if name == "setitem":
             result = bounds.infer("cat", [[p for p in operands[0] if isinstance(p, Value)]], {}, parents)
@@ -200,7 +202,7 @@ class Recorder(TorchFunctionMode):
 
     def _note_batch_norm(self, layer: str) -> None:
         flow = self.seen[layer].flow
-        if flow is not None and self.stack:
+        if flow is not None:
             flow.followed_by_bn = self.stack[-1].name
 
     def _note_gate(self, name: str, parents: tuple[Value, ...]) -> None:
@@ -238,7 +240,15 @@ class Recorder(TorchFunctionMode):
         flow.activation, flow.producer = first.activation, first.producer
         runs_once = flow.calls == 1 and self.runs[first.producer] == 1
         flow.sole_reader = runs_once and first.readers == {name}
+        flow.norm = self._norm_in_front(first) if flow.sole_reader else ""
         return flow
+
+    def _norm_in_front(self, given: Value) -> str:
+        """The BatchNorm whose result `given` is, itself or through one activation module; "" if another sees its tensors."""
+        result = given.source if given.producer and given.source is not None else given
+        # Its input too: a change of it in place between BatchNorm and layer would reach a deferred BatchNorm.
+        alone = result.norm and len(result.readers) == 1 and len(result.parents[0].readers) == 1
+        return result.norm if alone and self.runs[result.norm] == 1 else ""
 
 
 def _canonical(func: Any) -> str:

@@ -7,10 +7,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from profit_kernels import duq_depthwise_conv2d
+from profit_kernels import block_conv2d, duq_conv2d, duq_depthwise_conv2d
 
 from ..config import DuQConfig
 from ..errors import ConversionError
+from .deferred import DeferredBatchNorm
 from .layer import QuantLayer, build_quantizers, check_own_parameters, finish
 from .quantizer import InputQuantizer, WeightQuantizer
 
@@ -56,6 +57,30 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         self._init_quantization(input_quantizer, weight_quantizer, layer_name, ranked)
         self.pad_value = float(pad_value)
         self.same_padding = same_padding
+        self.set_norm(None)
+
+    @property
+    def norm(self) -> DeferredBatchNorm | None:
+        """The BatchNorm in front that this layer applies itself: its input is then that of the BatchNorm."""
+        return self._norm[0]
+
+    def set_norm(self, norm: DeferredBatchNorm | None, name: str = "") -> None:
+        """Apply `norm`, called `name` in the model, to the input from here on; None: nothing."""
+        self._norm = (norm,)  # in a tuple: not a child, or every parameter would have two names
+        self.norm_name = name
+
+    @property
+    def can_apply_norm(self) -> bool:
+        """Whether `block_conv2d` computes this layer."""
+        quantizer = self.input_quantizer
+        return quantizer.is_duq and quantizer.kind != "raw" and self.padding_mode == "zeros"
+
+    def after_norm(self, x: Tensor) -> Tensor:
+        """What the input x of the layer is for its input quantizer: BatchNorm of it where the layer applies one.
+
+        No gradient, and no statistics changed: for observers of the layer's input.
+        """
+        return x if self.norm is None else self.norm.preview(x)
 
     @classmethod
     def from_float(
@@ -117,6 +142,10 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         return self.groups == self.in_channels > 1
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4 and self.can_apply_norm and (self.norm is not None or not self.is_depthwise):
+            return self._block(x)
+        if self.norm is not None:
+            x = self.norm.apply_to(x)
         fused = self.input_quantizer.is_duq and self.weight_quantizer.is_duq
         if fused and self.is_depthwise and self.padding_mode == "zeros" and x.dim() == 4:
             return self._fused_depthwise(x)
@@ -129,6 +158,24 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
             return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         x = F.pad(x, self.padding4(x), value=self.pad_value)
         return F.conv2d(x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+    def _block(self, x: Tensor) -> Tensor:
+        """[BatchNorm], activation, quantizer and convolution in one operator, which keeps x alone for the backward."""
+        q, norm = self.input_quantizer, self.norm
+        q.check_ready()
+        quantized = (self.quantized_weight(), q.a, q.c, None, None, self.bias)
+        settings: dict[str, Any] = {
+            "act_bits": q.bits, "weight_bits": None, "signed": q.signed, "offset": q.offset, "activation": q.activation,
+            "pad_value": self.pad_value, "stride": self.stride, "padding": self.padding4(x), "dilation": self.dilation,
+            "groups": self.groups,
+        }  # fmt: skip
+        if norm is None:
+            return duq_conv2d(x, *quantized, **settings)
+        momentum = norm.count_batch()
+        return block_conv2d(
+            x, norm.weight, norm.bias, *norm.running(), *quantized, training=norm.uses_batch, momentum=momentum,
+            eps=norm.eps, **settings,
+        )  # fmt: skip
 
     def _fused_depthwise(self, x: Tensor) -> Tensor:
         q, w = self.input_quantizer, self.weight_quantizer

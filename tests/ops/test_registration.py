@@ -27,6 +27,8 @@ def samples(requires_grad: bool = True) -> dict[str, tuple]:
     g = torch.randn(2, 4, 7, 6)
     quant = (4, False, -0.375, "hardswish")
     geometry = ([1, 1], [1, 1, 1, 1], [1, 1])
+    norm = (torch.randn(4), torch.rand(4) + 0.5, *(torch.rand(4).requires_grad_(requires_grad) for _ in range(2)))
+    block = (True, *quant, *geometry, 4, -0.375)
     return {
         "duq": (x, a, c, *quant),
         "duq_backward": (g, x, a, c, *quant),
@@ -34,11 +36,14 @@ def samples(requires_grad: bool = True) -> dict[str, tuple]:
         "duq_weights": ([x, w], [a, a_w], [c, c_w], [4, 2]),
         "duq_weights_backward": ([g, w.detach()], [x, w], [a, a_w], [c, c_w], [4, 2]),
         "depthwise_conv2d": (x, w, bias, *geometry, -0.375),
-        "depthwise_conv2d_backward": (g, x, w, True, *geometry, -0.375),
+        "depthwise_conv2d_backward": (g, x, w, True, *geometry, -0.375, True),
         "duq_depthwise_conv2d": (x, w, a, c, a_w, c_w, bias, *geometry, 4, 3, False, -0.375, "hardswish", -0.375),
         "duq_depthwise_conv2d_backward": (
-            g, x, w, a, c, a_w, c_w, bias, *geometry, 4, 3, False, -0.375, "hardswish", -0.375,
+            g, x, w, a, c, a_w, c_w, bias, *geometry, 4, 3, False, -0.375, "hardswish", -0.375, True,
         ),  # fmt: skip
+        "block_moments": (x.detach(), 1e-5),
+        "block_conv2d": (x, *norm, w, a, c, bias, *block),
+        "block_conv2d_backward": (g, x, *norm, w, a, c, bias, *block, True, True, True),
         "aiwq_kl": (x.detach(), g, 1e-12),
         "aiwq_conv2d": (
             x.detach(), g, w.detach(), None, *geometry, 4, -0.375, a.detach(), c.detach(), 4, False, -0.375, "hardswish", 1e-12,

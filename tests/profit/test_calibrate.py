@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from profit import DuQConfig, calibrate_, quant_layers, quantize_, set_bits
+from profit import DuQConfig, calibrate_, quant_layers, quantize_, set_bits, unfuse_
 from profit import calibrate as module_under_test
 from profit.errors import CalibrationError
 from tests import tolerances
@@ -29,6 +29,7 @@ def inputs_of(model, batches, mode):
     """What enters each layer of a full-precision run: by name, a numpy array per layer."""
     seen = {}
     plain = copy.deepcopy(model).eval()
+    unfuse_(plain)
     for name, layer in quant_layers(plain).items():
         layer.set_act_bits(None)
         layer.register_forward_pre_hook(

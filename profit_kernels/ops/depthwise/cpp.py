@@ -27,12 +27,13 @@ def duq_depthwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, a_x: Tensor | None, c_x: Tensor | None, a_w: Tensor | None, c_w: Tensor | None,
     bias: Tensor | None, stride: list[int], pads: list[int], dilation: list[int],
     act_bits: int | None, weight_bits: int | None, signed: bool, offset: float, activation: str, pad_value: float,
+    need_weight: bool = True,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, weight, a_x, c_x, a_w, c_w, bias; see reference.duq_depthwise_backward."""
     native.load()
     return torch.ops.profit_cpu.duq_depthwise_backward(
         grad, x, weight, a_x, c_x, a_w, c_w, bias, stride, pads, dilation,
-        act_bits, weight_bits, signed, offset, ACTIVATIONS.index(activation), pad_value,
+        act_bits, weight_bits, signed, offset, ACTIVATIONS.index(activation), pad_value, need_weight,
     )  # fmt: skip
 
 
@@ -46,11 +47,11 @@ def depthwise(
 
 def depthwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool,
-    stride: list[int], pads: list[int], dilation: list[int], pad_value: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    stride: list[int], pads: list[int], dilation: list[int], pad_value: float, need_weight: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(dL/dx, dL/dw, dL/dbias); see reference.depthwise_backward."""
     # The values of the bias do not matter here, only whether there is one.
     bias = weight.new_empty(weight.shape[0]) if has_bias else None
     settings = (stride, pads, dilation, None, None, False, 0.0, "none", pad_value)
-    gx, gw, _, _, _, _, gb = duq_depthwise_backward(grad, x, weight, None, None, None, None, bias, *settings)
+    gx, gw, _, _, _, _, gb = duq_depthwise_backward(grad, x, weight, None, None, None, None, bias, *settings, need_weight)
     return gx, gw, gb

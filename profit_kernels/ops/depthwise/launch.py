@@ -218,14 +218,19 @@ def depthwise(
 
 def depthwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, stride: list[int], pads: list[int], dilation: list[int],
-    pad_value: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    pad_value: float, need_weight: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """(dL/dx, dL/dw, dL/dbias); see reference.depthwise_backward."""
     call = _call(x, weight, (stride, pads, dilation))
     grad = _like_output(call, grad)
     gx, _ = _grad_input(call, grad, weight)
-    gw, gb = _grad_weight(call, grad, weight, pad_value)
+    gw, gb = _grad_weight(call, grad, weight, pad_value) if need_weight else (None, _grad_bias(grad, has_bias))
     return gx, gw, gb if has_bias else None
+
+
+def _grad_bias(grad: Tensor, has_bias: bool) -> Tensor | None:
+    """Where the weight needs no gradient, whose kernel sums this one along the way."""
+    return grad.sum(dim=(0, 2, 3)) if has_bias else None
 
 
 def _quantized_weight(weight: Tensor, a: Tensor | None, c: Tensor | None, bits: int | None) -> Tensor:
@@ -247,6 +252,7 @@ def duq_depthwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, a_x: Tensor | None, c_x: Tensor | None, a_w: Tensor | None, c_w: Tensor | None,
     bias: Tensor | None, stride: list[int], pads: list[int], dilation: list[int],
     act_bits: int | None, weight_bits: int | None, signed: bool, offset: float, activation: str, pad_value: float,
+    need_weight: bool = True,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, weight, a_x, c_x, a_w, c_w, bias; see reference.duq_depthwise_backward. x is quantized anew."""
     call = _call(x, weight, (stride, pads, dilation), a_x, c_x, act_bits, signed, offset, activation)
@@ -255,7 +261,7 @@ def duq_depthwise_backward(
     ga_x = gc_x = ga_w = gc_w = None
     if sums is not None:
         ga_x, gc_x = _raw_gradient(sums[0], a_x), _raw_gradient(sums[1], c_x)
-    gw, gb = _grad_weight(call, grad, weight, pad_value)
-    if weight_bits is not None:
+    gw, gb = _grad_weight(call, grad, weight, pad_value) if need_weight else (None, _grad_bias(grad, bias is not None))
+    if need_weight and weight_bits is not None:
         gw, ga_w, gc_w = duq.backward(gw, weight, a_w, c_w, weight_bits, True, 0.0, "none")
     return gx, gw, ga_x, gc_x, ga_w, gc_w, None if bias is None else gb.to(bias.dtype)

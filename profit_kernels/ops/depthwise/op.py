@@ -24,15 +24,16 @@ torch.library.define(
 )
 torch.library.define(
     "profit_kernels::depthwise_conv2d_backward",
-    f"(Tensor grad, Tensor x, Tensor weight, bool has_bias, {_GEOMETRY}, float pad_value) -> (Tensor, Tensor, Tensor?)",
+    f"(Tensor grad, Tensor x, Tensor weight, bool has_bias, {_GEOMETRY}, float pad_value, bool need_weight) "
+    "-> (Tensor, Tensor?, Tensor?)",
 )
 torch.library.define(
     "profit_kernels::duq_depthwise_conv2d", f"(Tensor x, Tensor weight, {_INTERVALS}, {_GEOMETRY}, {_QUANT}) -> Tensor"
 )
 torch.library.define(
     "profit_kernels::duq_depthwise_conv2d_backward",
-    f"(Tensor grad, Tensor x, Tensor weight, {_INTERVALS}, {_GEOMETRY}, {_QUANT}) "
-    "-> (Tensor, Tensor, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
+    f"(Tensor grad, Tensor x, Tensor weight, {_INTERVALS}, {_GEOMETRY}, {_QUANT}, bool need_weight) "
+    "-> (Tensor, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
 )
 
 
@@ -75,10 +76,11 @@ def _(x, weight, bias, stride, padding, dilation, pad_value):
 
 
 @torch.library.register_fake("profit_kernels::depthwise_conv2d_backward")
-def _(grad, x, weight, has_bias, stride, padding, dilation, pad_value):
+def _(grad, x, weight, has_bias, stride, padding, dilation, pad_value, need_weight):
     if dispatch.choose("depthwise", x) == "reference":
-        return reference.depthwise_backward(grad, x, weight, has_bias, stride, padding, dilation, pad_value)
-    return (*layout.gradients(x, weight), x.new_empty(weight.shape[0]) if has_bias else None)
+        return reference.depthwise_backward(grad, x, weight, has_bias, stride, padding, dilation, pad_value, need_weight)
+    gx, gw = layout.gradients(x, weight)
+    return gx, gw if need_weight else None, x.new_empty(weight.shape[0]) if has_bias else None
 
 
 @torch.library.register_fake("profit_kernels::duq_depthwise_conv2d")
@@ -89,15 +91,19 @@ def _(x, weight, a_x, c_x, a_w, c_w, bias, stride, padding, dilation, *quant):
 
 
 @torch.library.register_fake("profit_kernels::duq_depthwise_conv2d_backward")
-def _(grad, x, weight, a_x, c_x, a_w, c_w, bias, stride, padding, dilation, act_bits, weight_bits, *quant):
+def _(grad, x, weight, a_x, c_x, a_w, c_w, bias, stride, padding, dilation, act_bits, weight_bits, *rest):
     if dispatch.choose("duq_depthwise", x) == "reference":
         return reference.duq_depthwise_backward(
-            grad, x, weight, a_x, c_x, a_w, c_w, bias, stride, padding, dilation, act_bits, weight_bits, *quant
+            grad, x, weight, a_x, c_x, a_w, c_w, bias, stride, padding, dilation, act_bits, weight_bits, *rest
         )
+    need_weight = rest[-1]
+    gx, gw = layout.gradients(x, weight)
     of_input = (None, None) if act_bits is None else (torch.empty_like(a_x), torch.empty_like(c_x))
-    of_weight = (None, None) if weight_bits is None else (torch.empty_like(a_w), torch.empty_like(c_w))
+    of_weight = (None, None)
+    if need_weight and weight_bits is not None:
+        of_weight = (torch.empty_like(a_w), torch.empty_like(c_w))
     of_bias = None if bias is None else torch.empty_like(bias)
-    return *layout.gradients(x, weight), *of_input, *of_weight, of_bias
+    return gx, gw if need_weight else None, *of_input, *of_weight, of_bias
 
 
 def _setup_depthwise(ctx, inputs, output):
@@ -107,7 +113,8 @@ def _setup_depthwise(ctx, inputs, output):
 
 
 def _autograd_depthwise(ctx, grad):
-    grads = torch.ops.profit_kernels.depthwise_conv2d_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    need_weight = ctx.needs_input_grad[1]
+    grads = torch.ops.profit_kernels.depthwise_conv2d_backward(grad, *ctx.saved_tensors, *ctx.settings, need_weight)
     return *grads, None, None, None, None
 
 
@@ -117,7 +124,11 @@ def _setup_duq_depthwise(ctx, inputs, output):
 
 
 def _autograd_duq_depthwise(ctx, grad):
-    grads = torch.ops.profit_kernels.duq_depthwise_conv2d_backward(grad, *ctx.saved_tensors, *ctx.settings)
+    weight, a_w, c_w = (ctx.needs_input_grad[i] for i in (1, 4, 5))
+    need_weight = weight or a_w or c_w  # the intervals' gradients follow from that of the quantized weight
+    grads = torch.ops.profit_kernels.duq_depthwise_conv2d_backward(
+        grad, *ctx.saved_tensors, *ctx.settings, need_weight
+    )
     return *grads, *[None] * len(ctx.settings)
 
 
@@ -130,7 +141,7 @@ _register_autograd("depthwise_conv2d", _autograd_depthwise, _setup_depthwise)
 _register_autograd("duq_depthwise_conv2d", _autograd_duq_depthwise, _setup_duq_depthwise)
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The autocast rule, that of a convolution: to the lower precision, float64 excepted."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
@@ -177,7 +188,7 @@ def depthwise_conv2d(
     op = "depthwise_conv2d"
     _check_shapes(op, x, weight, bias)
     geometry = (list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1)))
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias)
     if dispatch.choose("depthwise", x) == "reference":
         return reference.depthwise(x, weight, bias, *geometry, pad_value)
     return torch.ops.profit_kernels.depthwise_conv2d(x, weight, bias, *geometry, pad_value)
@@ -232,7 +243,7 @@ def duq_depthwise_conv2d(
         )
     geometry = (list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1)))
     pad_value = offset if pad_value is None else pad_value
-    (x,) = _autocast(x)
+    (x,) = autocast(x)
     if dispatch.choose("duq_depthwise", x) == "reference":
         # No fused kernel here: its parts, each on the backend that serves it best.
         if act_bits is None:

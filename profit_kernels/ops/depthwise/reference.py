@@ -46,15 +46,16 @@ def depthwise_backward(
     pads: list[int],
     dilation: list[int],
     pad_value: float,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dL/dx, dL/dw, dL/dbias); the weight gradient includes the padded taps."""
+    need_weight: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dL/dx, dL/dw, dL/dbias); the weight gradient, where it is needed, includes the padded taps."""
     padded = pad(x, pads, pad_value)
-    mask = [True, True, has_bias]
+    mask = [True, need_weight, has_bias]
     bias_sizes = [weight.shape[0]] if has_bias else None
     g_padded, gw, gb = torch.ops.aten.convolution_backward(
         grad, padded, weight, bias_sizes, stride, [0, 0], dilation, False, [0, 0], x.shape[1], mask
     )
-    return unpad(g_padded, pads), gw, gb if has_bias else None
+    return unpad(g_padded, pads), gw if need_weight else None, gb if has_bias else None
 
 
 def quantize_input(
@@ -85,19 +86,21 @@ def duq_depthwise_backward(
     grad: Tensor, x: Tensor, weight: Tensor, a_x: Tensor | None, c_x: Tensor | None, a_w: Tensor | None, c_w: Tensor | None,
     bias: Tensor | None, stride: list[int], pads: list[int], dilation: list[int],
     act_bits: int | None, weight_bits: int | None, signed: bool, offset: float, activation: str, pad_value: float,
+    need_weight: bool = True,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x, weight, a_x, c_x, a_w, c_w, bias; the quantized input and weight are computed anew."""
+    """Gradients of x, weight, a_x, c_x, a_w, c_w, bias; the quantized input and weight are computed anew.
+
+    Without `need_weight` none of weight, a_w, c_w has one: a frozen layer.
+    """
     qx = quantize_input(x, a_x, c_x, act_bits, signed, offset, activation)
     qw = quantize_weight(weight, a_w, c_w, weight_bits).to(x.dtype)
-    gqx, gqw, gb = depthwise_backward(grad, qx, qw, bias is not None, stride, pads, dilation, pad_value)
-    gqw = gqw.to(weight.dtype)
+    gqx, gqw, gb = depthwise_backward(grad, qx, qw, bias is not None, stride, pads, dilation, pad_value, need_weight)
     ga_x = gc_x = ga_w = gc_w = None
     if act_bits is None:
         gx = (gqx * duq.activate_grad(x.to(duq.compute_dtype(x)), activation)).to(x.dtype)
     else:
         gx, ga_x, gc_x = duq.backward(gqx, x, a_x, c_x, act_bits, signed, offset, activation)
-    if weight_bits is None:
-        gw = gqw
-    else:
-        gw, ga_w, gc_w = duq.backward(gqw, weight, a_w, c_w, weight_bits, True, 0.0, "none")
+    gw = gqw.to(weight.dtype) if need_weight else None
+    if need_weight and weight_bits is not None:
+        gw, ga_w, gc_w = duq.backward(gw, weight, a_w, c_w, weight_bits, True, 0.0, "none")
     return gx, gw, ga_x, gc_x, ga_w, gc_w, None if gb is None else gb.to(bias.dtype)

@@ -1,0 +1,263 @@
+// BatchNorm, activation and DuQ on the CPU in one pass forward and two backward. The inner loops are in block_loops.h.
+#include "block.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "../common/layout.h"
+#include "block_kernels.h"
+#include "block_walk.h"
+#include "front.h"
+
+namespace profit::cpu {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// float32 additions to a lane before it is added to a sum in double.
+constexpr int64_t kRunsPerSum = 16;
+
+void check_input(const Tensor& x) {
+  const auto type = x.scalar_type();
+  STD_TORCH_CHECK(x.dim() == 4, "block: x must be [N, C, H, W]");
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
+      "block: x must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(
+      x.is_contiguous() || (is_dense(x) && (x.size(1) == 1 || x.stride(1) == 1)),
+      "block: x must be contiguous or channels_last");
+}
+
+// Runs of a tensor of any of the types as floats: in place, or by way of a buffer.
+class Runs {
+ public:
+  Runs(const Tensor& t, bool writable, const BlockKernels& kernels, int64_t lanes)
+      : data_(static_cast<char*>(writable ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()))),
+        is_float_(t.scalar_type() == ScalarType::Float),
+        kernels_(kernels),
+        buffer_(is_float_ ? 0 : lanes) {}
+
+  // Where the floats of the run may be written.
+  float* room(int64_t at) { return is_float_ ? reinterpret_cast<float*>(data_) + at : buffer_.data(); }
+  float* load(int64_t at, int64_t n) {
+    if (!is_float_) {
+      kernels_.widen(data_ + at * 2, buffer_.data(), n);
+    }
+    return room(at);
+  }
+  void store(int64_t at, int64_t n) {
+    if (!is_float_) {
+      kernels_.narrow(buffer_.data(), data_ + at * 2, n);
+    }
+  }
+
+ private:
+  char* data_;
+  bool is_float_;
+  const BlockKernels& kernels_;
+  std::vector<float> buffer_;
+};
+
+std::vector<float> spread(const Walk& walk, const std::vector<float>& per_channel, int64_t task) {
+  std::vector<float> lanes(walk.room(), 0.0f);
+  walk.spread(per_channel, task, lanes.data());
+  return lanes;
+}
+
+// Sums of a channel over its parts, in order.
+std::vector<double> total(const Walk& walk, const std::vector<double>& partial) {
+  std::vector<double> sums(walk.channels(), 0.0);
+  for (int64_t part = 0; part < walk.parts(); ++part) {
+    for (int64_t i = 0; i < walk.channels(); ++i) {
+      sums[i] += partial[part * walk.channels() + i];
+    }
+  }
+  return sums;
+}
+
+Tensor from_values(const std::vector<double>& values, ScalarType type) {
+  Tensor t = torch::stable::empty({static_cast<int64_t>(values.size())}, ScalarType::Float);
+  float* to = static_cast<float*>(t.mutable_data_ptr());
+  for (size_t i = 0; i < values.size(); ++i) {
+    to[i] = static_cast<float>(values[i]);
+  }
+  return type == ScalarType::Float ? t : torch::stable::to(t, type);
+}
+
+// The per-channel sums of a backward, and those of the quantizer.
+struct BackwardSums {
+  std::vector<double> g, gx;  // [part][channel]: of dL/dv, and of dL/dv * (x - mean)
+  std::vector<double> a, c;   // [task]: the terms of -dL/dA and of s * dL/dC
+
+  explicit BackwardSums(const Walk& walk)
+      : g(walk.parts() * walk.channels(), 0.0), gx(g.size(), 0.0), a(walk.tasks(), 0.0), c(walk.tasks(), 0.0) {}
+};
+
+// The first pass of the backward: grad becomes alpha * dL/dv.
+void first_pass(
+    const Walk& walk, const Tensor& grad, const Tensor& x, const Front& front, const Quantizer<float>& quantizer,
+    const BlockKernels& kernels, BackwardSums& sums) {
+  walk.parallel([&](int64_t begin, int64_t end) {
+    const int64_t lanes = walk.room();
+    Runs from(x, false, kernels, lanes), gradient(grad, true, kernels, lanes);
+    std::vector<float> lane_sums(4 * lanes, 0.0f);
+    const LaneSums lane{lane_sums.data(), lane_sums.data() + lanes, lane_sums.data() + 2 * lanes, lane_sums.data() + 3 * lanes};
+    for (int64_t task = begin; task < end; ++task) {
+      const auto alpha = spread(walk, front.alpha, task), shift = spread(walk, front.shift, task);
+      const auto mean = spread(walk, front.mean, task);
+      double* g = sums.g.data() + walk.part(task) * walk.channels();
+      double* gx = sums.gx.data() + walk.part(task) * walk.channels();
+      const auto flush = [&] {
+        walk.gather(lane.g, task, g);
+        walk.gather(lane.gx, task, gx);
+        for (int64_t i = 0; i < lanes; ++i) {
+          sums.a[task] += lane.a[i];
+          sums.c[task] += lane.c[i];
+        }
+        std::fill(lane_sums.begin(), lane_sums.end(), 0.0f);
+      };
+      int64_t waiting = 0;
+      walk.runs(task, [&](int64_t at, int64_t n) {
+        kernels.input_backward(
+            gradient.load(at, n), from.load(at, n), n, alpha.data(), shift.data(), mean.data(), quantizer, lane);
+        gradient.store(at, n);
+        if (++waiting == kRunsPerSum) {
+          flush();
+          waiting = 0;
+        }
+      });
+      flush();
+    }
+  });
+}
+
+}  // namespace
+
+std::pair<std::optional<Tensor>, std::optional<Tensor>> finish_batch_norm(
+    Tensor& grad, const Tensor& x, const Front& front, const std::vector<double>& of_g, const std::vector<double>& of_gx,
+    const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, bool of_batch) {
+  const Walk walk(x);
+  const double n = static_cast<double>(walk.samples());
+  std::vector<double> g_gamma(walk.channels());
+  std::vector<float> slope(walk.channels()), constant(walk.channels());
+  for (int64_t i = 0; i < walk.channels(); ++i) {
+    g_gamma[i] = of_gx[i] * front.invstd[i];
+    slope[i] = static_cast<float>(-front.alpha[i] * front.invstd[i] * g_gamma[i] / n);
+    constant[i] = static_cast<float>(-front.alpha[i] * of_g[i] / n);
+  }
+  if (of_batch) {
+    const BlockKernels kernels = block_kernels(x.scalar_type(), false, Activation::none, {});
+    walk.parallel([&](int64_t begin, int64_t end) {
+      Runs from(x, false, kernels, walk.room()), gradient(grad, true, kernels, walk.room());
+      for (int64_t task = begin; task < end; ++task) {
+        const auto mean = spread(walk, front.mean, task), slopes = spread(walk, slope, task);
+        const auto constants = spread(walk, constant, task);
+        walk.runs(task, [&](int64_t at, int64_t m) {
+          kernels.finish(gradient.load(at, m), from.load(at, m), m, slopes.data(), mean.data(), constants.data());
+          gradient.store(at, m);
+        });
+      }
+    });
+  }
+  std::optional<Tensor> of_gamma, of_beta;
+  if (gamma.has_value()) {
+    of_gamma = from_values(g_gamma, gamma->scalar_type());
+  }
+  if (beta.has_value()) {
+    of_beta = from_values(of_g, beta->scalar_type());
+  }
+  return {of_gamma, of_beta};
+}
+
+std::tuple<Tensor, Tensor, Tensor> block_moments(Tensor x, double eps) {
+  check_input(x);
+  const Walk walk(x);
+  const BlockKernels kernels = block_kernels(x.scalar_type(), false, Activation::none, {});
+  std::vector<double> sums(walk.parts() * walk.channels(), 0.0), squares(sums.size(), 0.0);
+  walk.parallel([&](int64_t begin, int64_t end) {
+    const int64_t lanes = walk.lanes();
+    Runs from(x, false, kernels, lanes);
+    std::vector<double> sum(lanes), square(lanes);
+    for (int64_t task = begin; task < end; ++task) {
+      std::fill(sum.begin(), sum.end(), 0.0);
+      std::fill(square.begin(), square.end(), 0.0);
+      walk.runs(task, [&](int64_t at, int64_t n) { kernels.moments(from.load(at, n), n, sum.data(), square.data()); });
+      walk.gather(sum.data(), task, sums.data() + walk.part(task) * walk.channels());
+      walk.gather(square.data(), task, squares.data() + walk.part(task) * walk.channels());
+    }
+  });
+  std::vector<double> mean = total(walk, sums), var = total(walk, squares), invstd(walk.channels());
+  const double n = static_cast<double>(walk.samples());
+  for (int64_t i = 0; i < walk.channels(); ++i) {
+    mean[i] /= n;
+    const double biased = var[i] / n - mean[i] * mean[i];
+    invstd[i] = 1.0 / std::sqrt((biased < 0 ? 0 : biased) + eps);
+    var[i] = (biased < 0 ? 0 : biased) * (n / (n - 1));
+  }
+  return {from_values(mean, ScalarType::Float), from_values(var, ScalarType::Float), from_values(invstd, ScalarType::Float)};
+}
+
+Tensor block_input(
+    Tensor x, std::optional<Tensor> mean, std::optional<Tensor> invstd, std::optional<Tensor> gamma, std::optional<Tensor> beta,
+    std::optional<Tensor> a, std::optional<Tensor> c, std::optional<int64_t> bits, bool is_signed, double offset,
+    int64_t activation) {
+  check_input(x);
+  const Walk walk(x);
+  const InputSide input(
+      "block", Front(walk.channels(), mean, invstd, gamma, beta), a, c, bits, is_signed, offset, activation);
+  const Front& front = input.front;
+  const auto kernels = block_kernels(x.scalar_type(), input.quantized, input.activation, input.quantizer);
+  Tensor y = torch::stable::empty_like(x);
+  walk.parallel([&](int64_t begin, int64_t end) {
+    Runs from(x, false, kernels, walk.lanes()), to(y, true, kernels, walk.lanes());
+    for (int64_t task = begin; task < end; ++task) {
+      const auto alpha = spread(walk, front.alpha, task), shift = spread(walk, front.shift, task);
+      walk.runs(task, [&](int64_t at, int64_t n) {
+        kernels.input(from.load(at, n), to.room(at), n, alpha.data(), shift.data(), input.quantizer);
+        to.store(at, n);
+      });
+    }
+  });
+  return y;
+}
+
+std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> block_input_backward(
+    Tensor grad, Tensor x, std::optional<Tensor> mean, std::optional<Tensor> invstd, std::optional<Tensor> gamma,
+    std::optional<Tensor> beta, std::optional<Tensor> a, std::optional<Tensor> c, std::optional<int64_t> bits, bool is_signed,
+    double offset, int64_t activation, bool of_batch) {
+  check_input(x);
+  STD_TORCH_CHECK(
+      grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel() && same_strides(grad, x),
+      "block: grad must have the shape, dtype and strides of x");
+  const Walk walk(x);
+  const InputSide input(
+      "block", Front(walk.channels(), mean, invstd, gamma, beta), a, c, bits, is_signed, offset, activation);
+  const Front& front = input.front;
+  const auto kernels = block_kernels(x.scalar_type(), input.quantized, input.activation, input.quantizer);
+  BackwardSums sums(walk);
+  first_pass(walk, grad, x, front, input.quantizer, kernels, sums);
+
+  std::optional<Tensor> g_gamma, g_beta, ga, gc;
+  if (bits.has_value()) {
+    double dA = 0, dC = 0;
+    for (int64_t task = 0; task < walk.tasks(); ++task) {
+      dA -= sums.a[task];
+      dC += sums.c[task] / input.quantizer.s;
+    }
+    ga = parameter_grad<float>(*a, {dA});
+    gc = parameter_grad<float>(*c, {dC});
+  }
+  if (!front.present) {
+    return {g_gamma, g_beta, ga, gc};
+  }
+  std::tie(g_gamma, g_beta) =
+      finish_batch_norm(grad, x, front, total(walk, sums.g), total(walk, sums.gx), gamma, beta, of_batch);
+  return {g_gamma, g_beta, ga, gc};
+}
+
+}  // namespace profit::cpu

@@ -1,0 +1,85 @@
+"""Calls of the C++ kernels of the block's input side (csrc/cpu/block.cpp); the convolution behind it is torch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import native
+from ..duq.reference import ACTIVATIONS
+from . import reference
+from .reference import Convolution, Norm, Quantizer
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x as the kernels walk it."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return x if last or x.is_contiguous() else x.contiguous()
+
+
+def _arguments(norm: Norm | None, q: Quantizer) -> tuple[Any, ...]:
+    statistics = (None,) * 4 if norm is None else (norm.mean, norm.invstd, norm.gamma, norm.beta)
+    return *statistics, q.a, q.c, q.bits, q.signed, q.offset, ACTIVATIONS.index(q.activation)
+
+
+def moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, unbiased variance, 1 / sqrt(biased variance + eps)); see reference.moments."""
+    native.load()
+    return torch.ops.profit_cpu.block_moments(_dense(x), eps)
+
+
+def quantized_input(x: Tensor, norm: Norm | None, q: Quantizer) -> Tensor:
+    """duq(act(v)); see reference.quantized_input."""
+    native.load()
+    return torch.ops.profit_cpu.block_input(_dense(x), *_arguments(norm, q))
+
+
+def quantized_input_backward(
+    grad: Tensor, x: Tensor, norm: Norm | None, q: Quantizer
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dL/dx, dL/dgamma, dL/dbeta, dL/da, dL/dc), the first in the memory of `grad` where that fits."""
+    native.load()
+    dense = _dense(x)
+    gx = grad if grad.stride() == dense.stride() else torch.empty_like(dense).copy_(grad)
+    of_batch = norm is not None and norm.of_batch
+    rest = torch.ops.profit_cpu.block_input_backward(gx, dense, *_arguments(norm, q), of_batch)
+    return gx if dense is x else torch.empty_like(x).copy_(gx), *rest
+
+
+def is_fused(norm: Norm | None, weight: Tensor) -> bool:
+    """Whether one kernel computes the whole block: BatchNorm in front of a depthwise convolution."""
+    return norm is not None and weight.shape[1] == 1
+
+
+def _depthwise_arguments(norm: Norm, weight: Tensor, q: Quantizer, bias: Tensor | None, conv: Convolution) -> tuple[Any, ...]:
+    mean, invstd, gamma, beta, *quantizer = _arguments(norm, q)
+    intervals, settings = quantizer[:2], quantizer[2:]
+    tensors = (mean, invstd, gamma, beta, weight, *intervals, bias)
+    return *tensors, *settings, conv.stride, conv.pads, conv.dilation, conv.pad_value
+
+
+def block(
+    x: Tensor, norm: Norm | None, weight: Tensor, q: Quantizer, bias: Tensor | None, conv: Convolution
+) -> Tensor:
+    """y; see reference.block."""
+    if is_fused(norm, weight):
+        native.load()
+        return torch.ops.profit_cpu.block_depthwise(x, *_depthwise_arguments(norm, weight, q, bias, conv))
+    return reference.block(x, norm, weight, q, bias, conv, quantized_input)
+
+
+def block_backward(
+    grad: Tensor, x: Tensor, norm: Norm | None, weight: Tensor, q: Quantizer, bias: Tensor | None, conv: Convolution,
+    need: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x, gamma, beta, weight, a, c, bias; see reference.block_backward."""
+    if is_fused(norm, weight):
+        native.load()
+        gx, g_gamma, g_beta, gw, ga, gc, gb = torch.ops.profit_cpu.block_depthwise_backward(
+            grad, x, *_depthwise_arguments(norm, weight, q, bias, conv), norm.of_batch, need[1]
+        )
+        return gx, g_gamma, g_beta, gw, ga, gc, gb
+    stages = (quantized_input, quantized_input_backward)
+    return reference.block_backward(grad, x, norm, weight, q, bias, conv, need, *stages)

@@ -1,0 +1,345 @@
+"""Schemas, registrations and public entries of the block: BatchNorm, activation, DuQ and convolution in one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ... import dispatch
+from ...checks import check_bits, check_quantizer, pads, pair
+from ..depthwise import layout
+from ..depthwise.op import autocast, duq_depthwise_conv2d
+from ..depthwise.reference import quantize_input
+from ..duq.op import duq_fake_quantize, no_double_backward
+from ..duq.reference import ACTIVATIONS, compute_dtype
+from . import cpp, reference
+from .reference import Convolution, Norm, Quantizer
+
+_TENSORS = (
+    "Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor weight, Tensor? a, Tensor? c, Tensor? bias"
+)
+_SETTINGS = (
+    "bool of_batch, int? bits, bool signed, float offset, str activation, "
+    "int[] stride, int[] padding, int[] dilation, int groups, float pad_value"
+)
+
+torch.library.define("profit_kernels::block_moments", "(Tensor x, float eps) -> (Tensor, Tensor, Tensor)")
+torch.library.define("profit_kernels::block_conv2d", f"(Tensor x, {_TENSORS}, {_SETTINGS}) -> Tensor")
+torch.library.define(
+    "profit_kernels::block_conv2d_backward",
+    f"(Tensor grad, Tensor x, {_TENSORS}, {_SETTINGS}, bool need_input, bool need_weight, bool need_bias) "
+    "-> (Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)",
+)
+
+
+def _unflatten(x, mean, invstd, gamma, beta, weight, a, c, bias, of_batch, bits, signed, offset, activation, *geometry):
+    """The operator's arguments as the reference takes them."""
+    norm = None if mean is None else Norm(mean, invstd, gamma, beta, of_batch)
+    quantizer = Quantizer(a, c, bits, signed, offset, activation)
+    return x, norm, weight, quantizer, bias, Convolution(*geometry)
+
+
+def _moments(x, eps):
+    if dispatch.choose("block", x) == "cpp":
+        return cpp.moments(x, eps)
+    return reference.moments(x, eps)
+
+
+def _block(x, *rest):
+    if dispatch.choose("block", x) == "cpp":
+        return cpp.block(*_unflatten(x, *rest))
+    return reference.block(*_unflatten(x, *rest))
+
+
+def _block_backward(grad, x, *rest):
+    if dispatch.choose("block", x) == "cpp":
+        return cpp.block_backward(grad, *_unflatten(x, *rest[:-3]), rest[-3:])
+    return reference.block_backward(grad, *_unflatten(x, *rest[:-3]), rest[-3:])
+
+
+torch.library.impl("profit_kernels::block_moments", "default", _moments)
+torch.library.impl("profit_kernels::block_conv2d", "default", _block)
+torch.library.impl("profit_kernels::block_conv2d_backward", "default", _block_backward)
+
+
+@torch.library.register_fake("profit_kernels::block_moments")
+def _(x, eps):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return tuple(x.new_empty(x.shape[1], dtype=dtype) for _ in range(3))
+
+
+# The fakes run the reference on meta tensors: a convolution's memory format is torch's to decide. A kernel's is ours.
+@torch.library.register_fake("profit_kernels::block_conv2d")
+def _(x, *rest):
+    x, norm, weight, q, bias, conv = _unflatten(x, *rest)
+    if dispatch.choose("block", x) == "cpp" and cpp.is_fused(norm, weight):
+        return layout.output(x, weight, conv.stride, conv.pads, conv.dilation)
+    return reference.block(x, norm, weight, q, bias, conv)
+
+
+@torch.library.register_fake("profit_kernels::block_conv2d_backward")
+def _(grad, x, *rest):
+    return reference.block_backward(grad, *_unflatten(x, *rest[:-3]), rest[-3:])
+
+
+_TENSOR_COUNT = 9  # x and _TENSORS
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:_TENSOR_COUNT])
+    ctx.settings = inputs[_TENSOR_COUNT:]
+
+
+def _gradients(ctx, grad, backward):
+    """Of all inputs, from the one `backward` that computes what some of them need."""
+    needs = ctx.needs_input_grad
+    x, mean, invstd, gamma, beta, weight, a, c, bias = range(_TENSOR_COUNT)
+    need = (any(needs[i] for i in (x, gamma, beta, a, c)), needs[weight], needs[bias])
+    gx, g_gamma, g_beta, gw, ga, gc, gb = backward(grad, *ctx.saved_tensors, *ctx.settings, *need)
+    # Statistics of the batch have no gradient of their own: dL/dx holds it already.
+    return gx, None, None, g_gamma, g_beta, gw, ga, gc, gb, *[None] * len(ctx.settings)
+
+
+def _autograd(ctx, grad):
+    return _gradients(ctx, grad, torch.ops.profit_kernels.block_conv2d_backward)
+
+
+torch.library.register_autograd("profit_kernels::block_conv2d", _autograd, setup_context=_setup_context)
+torch.library.register_autograd("profit_kernels::block_conv2d_backward", no_double_backward("block_conv2d"))
+
+
+class _Eager(torch.autograd.Function):
+    """The registered operator without its way through the dispatcher, which costs as much as a small layer."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        _setup_context(ctx, inputs, None)
+        return _block(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _gradients(ctx, grad, _block_backward)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing traces or wraps x."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def _apply(x: Tensor, *rest) -> Tensor:
+    return _Eager.apply(x, *rest) if _is_plain(x) else torch.ops.profit_kernels.block_conv2d(x, *rest)
+
+
+def block_conv2d(
+    x: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor,
+    a_x: Tensor | None,
+    c_x: Tensor | None,
+    a_w: Tensor | None,
+    c_w: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act_bits: int | None,
+    weight_bits: int | None,
+    signed: bool = False,
+    offset: float = 0.0,
+    activation: str = "none",
+    pad_value: float | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """conv2d(pad(duq(act(batch_norm(x)))), duq(weight)): one layer with the BatchNorm in front of it.
+
+    For the backward it keeps x, the statistics [C] and the quantized weight; everything else is computed anew.
+
+    Args:
+        x: [N, C, H, W], the tensor that enters BatchNorm; any float dtype, NCHW or channels_last.
+        bn_weight, bn_bias: [C] or None.
+        running_mean, running_var: [C] or None; changed in place when `training`, as torch.nn.functional.batch_norm does.
+        weight: [C_out, C / groups, kh, kw]. bias: [C_out] or None.
+        a_x, c_x: raw interval and scale of the input, one value each; None where act_bits is None.
+        a_w, c_w: those of the weight, one value or one per output channel; None where weight_bits is None.
+        training: normalise with the statistics of this batch; else with the running ones.
+        momentum, eps: of BatchNorm; the running values move by `momentum` towards those of the batch.
+        act_bits, weight_bits: 2 to 8; None leaves that side unquantized (the activation still applies).
+        signed, offset, activation: of the input quantizer, as duq_fake_quantize takes them.
+        pad_value: the border in units of the quantized input; None means `offset`, which is code 0.
+        stride, dilation, padding, groups: of the convolution, padding as depthwise_conv2d takes it.
+
+    Returns: [N, C_out, H_out, W_out] in the dtype of x (under autocast, in autocast's, to which x is taken first).
+        BatchNorm's result stays in float32 on the way to the quantizer, also where x is in half precision.
+    Raises: ValueError or TypeError for arguments that do not fit; BackendError if the backend asked for cannot serve.
+    Source: docs/maths.md, section 1.
+    """
+    op = "block_conv2d"
+    _check_shapes(op, x, weight, bias, groups)
+    for name, value in (
+        ("bn_weight", bn_weight), ("bn_bias", bn_bias), ("running_mean", running_mean), ("running_var", running_var),
+    ):  # fmt: skip
+        if value is not None and value.shape != x.shape[1:2]:
+            raise ValueError(f"{op}: {name} must have shape [{x.shape[1]}], got {tuple(value.shape)}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{op}: running_mean and running_var go together, one of them is None")
+    if not training and running_mean is None:
+        raise ValueError(f"{op}: training=False needs running_mean and running_var")
+    if training and x.numel() == x.shape[1]:
+        raise ValueError(f"{op}: statistics of the batch need more than one value per channel, got {tuple(x.shape)}")
+    settings = _settings(op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation)
+    geometry = _geometry(op, stride, padding, dilation, groups, offset if pad_value is None else pad_value)
+    (x,) = autocast(x)
+    if dispatch.choose("block", x) == "reference":
+        v = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+        return _in_parts(v, weight, a_x, c_x, a_w, c_w, bias, weight_bits, settings, geometry)
+    mean, var, invstd = _statistics(x, running_mean, running_var, training, eps)
+    if training and running_mean is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(var.to(running_var.dtype), momentum)
+    weight = _quantized_weight(weight, a_w, c_w, weight_bits)
+    return _apply(
+        x, mean, invstd, bn_weight, bn_bias, weight, a_x, c_x, bias, training, *settings, *geometry
+    )
+
+
+def duq_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    a_x: Tensor | None,
+    c_x: Tensor | None,
+    a_w: Tensor | None,
+    c_w: Tensor | None,
+    bias: Tensor | None = None,
+    *,
+    act_bits: int | None,
+    weight_bits: int | None,
+    signed: bool = False,
+    offset: float = 0.0,
+    activation: str = "none",
+    pad_value: float | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """conv2d(pad(duq(act(x))), duq(weight)) that keeps x alone for the backward: block_conv2d without BatchNorm.
+
+    Arguments, result and errors as there.
+    """
+    op = "duq_conv2d"
+    _check_shapes(op, x, weight, bias, groups)
+    settings = _settings(op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation)
+    geometry = _geometry(op, stride, padding, dilation, groups, offset if pad_value is None else pad_value)
+    (x,) = autocast(x)
+    if dispatch.choose("block", x) == "reference":
+        return _in_parts(x, weight, a_x, c_x, a_w, c_w, bias, weight_bits, settings, geometry)
+    weight = _quantized_weight(weight, a_w, c_w, weight_bits)
+    return _apply(
+        x, None, None, None, None, weight, a_x, c_x, bias, False, *settings, *geometry
+    )
+
+
+@torch.no_grad()
+def block_batch_norm(
+    x: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    eps: float = 1e-5,
+) -> Tensor:
+    """batch_norm(x) as block_conv2d computes it on the way, to the bit; no gradient, and no statistics are changed.
+
+    Arguments as there. Returns [N, C, H, W]; in float32 for a half-precision x where the block has a kernel.
+    """
+    (x,) = autocast(x)
+    if dispatch.choose("block", x) == "reference":
+        statistics = (None, None) if training else (running_mean, running_var)
+        return F.batch_norm(x, *statistics, bn_weight, bn_bias, training, 0.0, eps)
+    mean, _, invstd = _statistics(x, running_mean, running_var, training, eps)
+    return reference.normalize(x, Norm(mean, invstd, bn_weight, bn_bias, training))
+
+
+def _statistics(
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, variance, 1 / sqrt(variance + eps)): of this batch (the variance unbiased), or the running ones."""
+    if training:
+        return _moments(x.detach(), eps) if _is_plain(x) else torch.ops.profit_kernels.block_moments(x.detach(), eps)
+    dtype = compute_dtype(x)
+    var = running_var.to(dtype)
+    return running_mean.to(dtype), var, (var + eps).rsqrt()
+
+
+def _check_shapes(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{op}: the input must be [N, C, H, W], got shape {tuple(x.shape)}")
+    if groups < 1 or weight.dim() != 4 or weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups:
+        raise ValueError(
+            f"{op}: the weight must be [C_out, {x.shape[1]} / groups, kh, kw] with C_out a multiple of groups={groups}, "
+            f"got shape {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: the bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
+
+
+def _settings(
+    op: str, x: Tensor, weight: Tensor, a_x: Tensor | None, c_x: Tensor | None, a_w: Tensor | None, c_w: Tensor | None,
+    act_bits: int | None, weight_bits: int | None, signed: bool, offset: float, activation: str,
+) -> tuple[int | None, bool, float, str]:  # fmt: skip
+    """(bits, signed, offset, activation) of the input quantizer, both quantizers checked."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    for side, bits, tensor, a, c in (("act", act_bits, x, a_x, c_x), ("weight", weight_bits, weight, a_w, c_w)):
+        if bits is None:
+            continue
+        check_bits(op, bits, f"{side}_bits")
+        if a is None or c is None:
+            raise ValueError(f"{op}: {side}_bits={bits} needs the interval a and the scale c of that side")
+        if side == "act" and (a.numel() != 1 or c.numel() != 1):
+            raise ValueError(f"{op}: the input has one interval and one scale, got {a.numel()} and {c.numel()} values")
+        check_quantizer(
+            op, tensor, a, c, bits, side == "weight" or signed, offset if side == "act" else 0.0, activation
+        )
+    return act_bits, signed, offset, activation
+
+
+def _geometry(op: str, stride, padding, dilation, groups: int, pad_value: float) -> tuple:
+    lists = (list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1)))
+    return *lists, groups, pad_value
+
+
+def _quantized_weight(weight: Tensor, a_w: Tensor | None, c_w: Tensor | None, bits: int | None) -> Tensor:
+    return weight if bits is None else duq_fake_quantize(weight, a_w, c_w, bits=bits, signed=True)
+
+
+def _in_parts(v, weight, a_x, c_x, a_w, c_w, bias, weight_bits, settings, geometry) -> Tensor:
+    """Without a kernel of the whole: its parts, each on the backend that serves it best, plain to torch.compile."""
+    bits, signed, offset, activation = settings
+    conv = Convolution(*geometry)
+    if conv.groups == v.shape[1] > 1:
+        return duq_depthwise_conv2d(
+            v, weight, a_x, c_x, a_w, c_w, bias, stride=conv.stride, padding=conv.pads, dilation=conv.dilation,
+            act_bits=bits, weight_bits=weight_bits, signed=signed, offset=offset, activation=activation,
+            pad_value=conv.pad_value,
+        )  # fmt: skip
+    if bits is None:
+        qx = quantize_input(v, None, None, None, signed, offset, activation)
+    else:
+        qx = duq_fake_quantize(v, a_x, c_x, bits=bits, signed=signed, offset=offset, activation=activation)
+    return reference.convolution(qx, _quantized_weight(weight, a_w, c_w, weight_bits), bias, conv)
