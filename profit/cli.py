@@ -54,16 +54,21 @@ def train(
     stored = (recipe / "recipe.yaml").is_file()
     folder = out or (recipe if stored and resume else Path("runs") / loaded.run.name)
 
+    from profit.distributed import rank
+    from profit.train.processes import process_group
     from profit.train.runs import MODEL, is_begun
     from profit.train.trainer import train as run_training
 
     finished = resume and (folder / MODEL).is_file()
-    try:
-        results = run_training(loaded, folder, resume=resume, quiet=quiet)
-    except KeyboardInterrupt:
-        kept = f"the last finished epoch is kept in {folder}; the same command with --resume carries on from there"
-        print(f"interrupted: {kept if is_begun(folder) else 'no epoch was finished yet'}", file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    with process_group(loaded.run.timeout_s):
+        try:
+            results = run_training(loaded, folder, resume=resume, quiet=quiet)
+        except KeyboardInterrupt:
+            kept = f"the last finished epoch is kept in {folder}; the same command with --resume carries on from there"
+            print(f"interrupted: {kept if is_begun(folder) else 'no epoch was finished yet'}", file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        if rank():
+            return  # process 0 tells the results
     if finished:
         print(f"{folder} is finished already")
     _print_results(results)

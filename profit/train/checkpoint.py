@@ -91,37 +91,11 @@ def prune(folder: str | Path, keep: int) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of every generator a run may draw from: Python, NumPy, torch, all CUDA devices."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": list(map(_as_list, random.getstate())),
-        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put back what `rng_state` took."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (all devices)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

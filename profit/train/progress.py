@@ -147,5 +147,22 @@ class Progress:
         self.close()
 
 
+class NoProgress(Progress):
+    """Says and writes nothing: every process but the first."""
+
+    def __init__(self) -> None:
+        self._bar = self._curves = None
+
+    def line(self, text: str) -> None: ...
+
+    def begin_phase(self, phase: Phase, label: str, steps: int, done: int) -> None: ...
+
+    def end_epoch(self, phase: Phase, label: str, row: dict[str, Any], images_per_s: float, global_epoch: int) -> None: ...
+
+    def end_phase(self, label: str, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _percent(value: float | None) -> str:
     return "  -  " if value is None else f"{value:.2f}%"

@@ -5,7 +5,7 @@
     report.html         the same for people
     model.safetensors   the final weights, with all that is needed to build the network again
     teacher.safetensors the full-precision network, where it is its own teacher
-    checkpoints/        the newest two (epoch-NNNN), the best (best) and the best average of weights (best_ema)
+    checkpoints/        the newest (epoch-NNNN), the best (best) and the best average of weights (best_ema)
     tensorboard/        curves
     log.txt             one line per epoch
 """
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from profit.errors import CheckpointError, ProfitError, RecipeError
-from profit.train.checkpoint import checkpoints, load_checkpoint, prune
+from profit.train.checkpoint import checkpoints, load_checkpoint
 from profit.train.files import write_atomic
 from profit.train.recipe import Recipe
 from profit.train.recipe_io import dump_recipe, first_difference, load_recipe, recipe_dict
@@ -28,6 +29,9 @@ from profit.train.recipe_io import dump_recipe, first_difference, load_recipe, r
 RECIPE, RESULTS, MODEL, TEACHER, CHECKPOINTS = (
     "recipe.yaml", "results.json", "model.safetensors", "teacher.safetensors", "checkpoints",
 )  # fmt: skip
+
+# How and where it trains is not what is trained: these may change when a run is carried on.
+_PLACE = ("device", "tensorboard", "keep_checkpoints", "timeout_s", "find_unused_parameters")
 
 
 def open_run(folder: Path, recipe: Recipe, resume: bool) -> bool:
@@ -45,7 +49,6 @@ def open_run(folder: Path, recipe: Recipe, resume: bool) -> bool:
         if not resume:
             state = "a finished run" if finished else "an unfinished run"
             raise ProfitError(f"{folder} already holds {state}: --resume carries it on, --out DIR starts another")
-        # where it trains is not what is trained
         changed = first_difference(*(_without_place(recipe_dict(r)) for r in (load_recipe(stored), recipe)))
         if changed:
             raise RecipeError(f"{folder} was started with another recipe (stored != given): {changed}")
@@ -65,18 +68,18 @@ def is_begun(folder: Path) -> bool:
     return (folder / MODEL).is_file() or bool(checkpoints(folder / CHECKPOINTS))
 
 
-def newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest undamaged checkpoint of a run (None if it has none yet), and a warning for each damaged one.
+def newest_checkpoint(folder: Path) -> tuple[str | None, list[str]]:
+    """The name of the newest undamaged checkpoint of a run (None if it has none yet), and a warning for each damaged one.
 
     Raises:
         CheckpointError: there are checkpoints and all are damaged.
     """
-    prune(folder / CHECKPOINTS, keep=2)
     warnings: list[str] = []
     found = checkpoints(folder / CHECKPOINTS)
     for base in reversed(found):
         try:
-            return load_checkpoint(base), warnings
+            load_checkpoint(base)
+            return base.name, warnings
         except CheckpointError as error:
             warnings.append(f"warning: {error}; going back to the checkpoint before it")
     if found:
@@ -109,7 +112,7 @@ def resolve_weights(folder: Path, which: str | None) -> Path:
 
 
 def device_for(recipe: Recipe) -> torch.device:
-    """The device a recipe asks for; `auto` is the GPU where there is one.
+    """The device a recipe asks for; `auto` is the GPU where there is one. Under torchrun each process has a GPU of its own.
 
     Raises:
         RecipeError: no such device here.
@@ -121,8 +124,12 @@ def device_for(recipe: Recipe) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise RecipeError(f"run.device: {name!r} is no device; use cpu, cuda, cuda:1 or auto") from None
+    if device.type == "cuda" and device.index is None and dist.is_available() and dist.is_torchelastic_launched():
+        device = torch.device("cuda", dist.get_node_local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f"run.device: {name} is not here ({torch.cuda.device_count()} CUDA devices)")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -139,5 +146,5 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def _without_place(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in values["run"].items() if key not in ("device", "tensorboard")}
+    kept = {key: value for key, value in values["run"].items() if key not in _PLACE}
     return {**values, "run": kept}

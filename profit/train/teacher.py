@@ -39,13 +39,13 @@ def load_teacher(source: str | None, architecture: Architecture, device: torch.d
     return _settled(teacher.to(device))
 
 
-def own_teacher(model: nn.Module, architecture: Architecture, path: Path) -> nn.Module:
-    """A full-precision copy of the student as it is now, stored in `path`; what is stored there already goes first."""
+def own_teacher(model: nn.Module, architecture: Architecture, path: Path, write: bool = True) -> nn.Module:
+    """A full-precision copy of the student as it is now; what is stored in `path` goes first, else `write` stores it there."""
     teacher = copy.deepcopy(model)
     set_bits(teacher, weight_bits=None, act_bits=None)
     if path.is_file():
         load_weights(teacher, read_weights(path).state, path)
-    else:
+    elif write:
         save_network(path, teacher, architecture, {})
     return _settled(teacher)
 
