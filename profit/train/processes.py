@@ -7,6 +7,7 @@ The run folder must be on a file system that all processes see; only process 0 w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,7 +33,10 @@ def process_group(timeout_s: float) -> Iterator[None]:
         if own:
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        yield
+        with warnings.catch_warnings():
+            # of 1x1 convolutions, whose gradient has strides of no consequence; said once per process otherwise
+            warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+            yield
     except RuntimeError as error:
         if not _is_loss_of_a_process(error):
             raise

@@ -12,6 +12,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,8 +45,6 @@ def open_run(folder: Path, recipe: Recipe, resume: bool) -> bool:
         RecipeError: the stored recipe is another one (the first difference is named).
     """
     stored = folder / RECIPE
-    if folder.exists() and not folder.is_dir():
-        raise ProfitError(f"the output folder {folder} is a file")
     if stored.is_file() and is_begun(folder):
         finished = (folder / MODEL).is_file()
         if not resume:
@@ -59,8 +60,39 @@ def open_run(folder: Path, recipe: Recipe, resume: bool) -> bool:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProfitError(f"cannot write the output folder {folder}: {error.strerror or error}") from None
+    try:
+        (folder / TEACHER).unlink(missing_ok=True)  # of an attempt that left nothing else, with another recipe perhaps
+    except OSError as error:
+        raise ProfitError(f"cannot write the output folder {folder}: {error.strerror or error}") from None
     write_atomic(stored, dump_recipe(recipe))
     return False
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of `folder`, which is made if it is missing; the lock goes with the process, however it ends.
+
+    Raises:
+        ProfitError: another process trains in this folder, or it cannot be made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ProfitError(f"the output folder {folder} is a file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ProfitError(f"cannot write the output folder {folder}: {error.strerror or error}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ProfitError(f"{folder} is in use: another process trains in it; choose another with --out") from None
+    except OSError as error:
+        warnings.warn(f"{folder} cannot be locked ({error.strerror}): start no second run in it", stacklevel=2)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def is_begun(folder: Path) -> bool:
@@ -102,12 +134,12 @@ def resolve_weights(folder: Path, which: str | None) -> Path:
         if not found:
             raise CheckpointError(f"{folder} has no checkpoint yet")
         return found[-1].with_suffix(".safetensors")
-    named = folder / CHECKPOINTS / f"{which}.safetensors"
+    named = folder / CHECKPOINTS / f"{which}.json"
     if named.is_file():
-        return named
+        return named.with_suffix(".safetensors")
     if Path(which).exists():
         return Path(which)
-    known = ", ".join(sorted(path.stem for path in (folder / CHECKPOINTS).glob("*.safetensors"))) or "none"
+    known = ", ".join(sorted(path.stem for path in (folder / CHECKPOINTS).glob("*.json"))) or "none"
     raise CheckpointError(f"there is no checkpoint {which}; this run has: {known}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -36,7 +37,17 @@ from profit.train.network import architecture_for, build_network, load_weights, 
 from profit.train.processes import distributed_model, process_group
 from profit.train.progress import NoProgress, Progress, caught_warnings
 from profit.train.recipe import Recipe
-from profit.train.runs import CHECKPOINTS, MODEL, RESULTS, TEACHER, device_for, newest_checkpoint, open_run, threads
+from profit.train.runs import (
+    CHECKPOINTS,
+    MODEL,
+    RESULTS,
+    TEACHER,
+    device_for,
+    locked,
+    newest_checkpoint,
+    open_run,
+    threads,
+)
 from profit.train.sharding import epoch_seed, shard
 from profit.train.teacher import load_teacher, own_teacher
 
@@ -100,8 +111,11 @@ class Trainer:
         self.run_info = reporting.describe_run(recipe, self.device)
 
     def run(self) -> dict[str, Any]:
-        """All phases that are left, then the final files."""
-        # process 0 alone touches the folder; the others do as it found
+        """All phases that are left, then the final files. Process 0 alone writes to the folder; the others do as it found."""
+        with locked(self.folder) if self.rank == 0 else nullcontext():
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         if agree(open_run(self.folder, self.recipe, self.resume) if self.rank == 0 else None):
             return reporting.read(self.folder / RESULTS)
         name, damaged = agree(newest_checkpoint(self.folder) if self.rank == 0 else None)
