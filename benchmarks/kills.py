@@ -188,10 +188,11 @@ def main(argv: Sequence[str]) -> int:
     from profit.train.results import git_commit, versions
 
     torch.set_num_threads(1)
+    commit = git_commit()
     with tempfile.TemporaryDirectory() as work:
         found = campaign(Path(work), options.kills, options.seed)
     content = {
-        "suite": "kills", "created": datetime.now(UTC).isoformat(timespec="seconds"), "git_commit": git_commit(),
+        "suite": "kills", "created": datetime.now(UTC).isoformat(timespec="seconds"), "git_commit": commit,
         "versions": versions(), "processor": processor(), "seed": options.seed, "changes": CHANGES, **found,
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -139,6 +139,7 @@ def main(argv: Sequence[str]) -> int:
     from profit.train.results import git_commit, versions
 
     found: dict[str, Any] = {}
+    commit = git_commit()
     changes, work_dir = [*CHANGES, *options.set], options.work.resolve()
     one = {dtype: start(1, work_dir / f"{dtype}-1", dtype, changes) for dtype in ("float32", "float64")}
     for kind in KINDS:
@@ -153,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
                 flush=True,
             )
     content = {
-        "suite": "processes", "created": datetime.now(UTC).isoformat(timespec="seconds"), "git_commit": git_commit(),
+        "suite": "processes", "created": datetime.now(UTC).isoformat(timespec="seconds"), "git_commit": commit,
         "versions": versions(), "processor": processor(), "changes": [*CHANGES, *options.set], "comparisons": found,
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
