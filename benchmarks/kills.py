@@ -1,6 +1,6 @@
 """Kill -9 a training run again and again, resume it, and compare with the run that was never interrupted.
 
-Half of the kills come at random moments from outside. The others strike inside the writing of files: at a random call of
+Some of the kills come at random moments from outside. The others strike inside the writing of files: at a random call of
 fsync, rename or unlink, before or after it, and at an fsync sometimes with only half of the file written. After every kill
 each checkpoint that was complete before is opened again; at the end the weights are compared byte by byte.
 """
@@ -29,6 +29,8 @@ CHANGES = (
     "schedule.act_bits=[8,4]", "schedule.weight_bits=[5,4]", "schedule.sample_epochs=3", "run.tensorboard=false",
 )  # fmt: skip
 EVENTS_PER_EPOCH = 12  # about; fsync, rename and unlink calls, counting before and after each
+
+WRITERS = ("save_checkpoint", "prune", "save_network", "own_teacher", "_write_results", "open_run")
 
 
 def in_child(work: Callable[[], int]) -> int:
@@ -62,8 +64,8 @@ def run(folder: Path, arm: Callable[[], None] | None) -> Callable[[], int]:
     return work
 
 
-def kill_at(event: int, halve: bool) -> Callable[[], None]:
-    """Have the process kill itself at the `event`-th moment around an fsync, a rename or an unlink."""
+def kill_at(event: int, halve: bool, told: Path) -> Callable[[], None]:
+    """Have the process kill itself at the `event`-th moment around an fsync, a rename or an unlink; `told` says inside what."""
 
     def arm() -> None:
         count = [0]
@@ -71,6 +73,11 @@ def kill_at(event: int, halve: bool) -> Callable[[], None]:
         def maybe_die() -> None:
             count[0] += 1
             if count[0] == event:
+                frame, names = sys._getframe(), []
+                while frame is not None:
+                    names.append(frame.f_code.co_name)
+                    frame = frame.f_back
+                told.write_text(next((name for name in WRITERS if name in names), "another file"))
                 os.kill(os.getpid(), signal.SIGKILL)
 
         def watched(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,10 +142,11 @@ def campaign(work: Path, kills: int, seed: int) -> dict[str, Any]:
         finished = False
         while not finished:
             before = complete(folder)
-            inside, halve, delay = chance.random() < 0.5, chance.random() < 0.5, chance.uniform(0, duration / 3)
+            inside, halve, delay = chance.random() < 0.6, chance.random() < 0.5, chance.uniform(0, duration / 3)
             event = chance.randint(1, 6 * EVENTS_PER_EPOCH)
             stop = len(rows) >= kills
-            process = in_child(run(folder, kill_at(event, halve) if inside and not stop else None))
+            told = folder.with_suffix(".told")
+            process = in_child(run(folder, kill_at(event, halve, told) if inside and not stop else None))
             if not inside and not stop:
                 time.sleep(delay)
                 os.kill(process, signal.SIGKILL)
@@ -146,11 +154,11 @@ def campaign(work: Path, kills: int, seed: int) -> dict[str, Any]:
             if os.WIFSIGNALED(status):
                 after = complete(folder)
                 done = max((name for name in after if name.startswith("epoch")), default="none")
-                where = f"file operation {event}{', half written' * halve}" if inside else f"{delay:.2f} s"
+                where = f"inside {told.read_text()}, file operation {event}" if inside else f"after {delay:.2f} s"
                 left = sorted(path.name for path in folder.rglob(".*"))
                 rows.append({"run": runs - 1, "where": where, "newest": done, "lost": lost(before, after), "left_over": left})
                 told = f"left over {', '.join(left) or 'nothing'}, lost {rows[-1]['lost'] or 'nothing'}"
-                print(f"kill {len(rows):2} run {runs - 1}: {where:36} newest {done}, {told}", flush=True)
+                print(f"kill {len(rows):2} run {runs - 1}: {where:44} newest {done}, {told}", flush=True)
             elif os.waitstatus_to_exitcode(status) == 0:
                 finished = True
             else:
@@ -158,10 +166,12 @@ def campaign(work: Path, kills: int, seed: int) -> dict[str, Any]:
                                  "carry it on by hand to see why")  # fmt: skip
         mine = contents(folder)
         differing += [f"{folder.name}/{name}" for name in sorted({*whole, *mine}) if whole.get(name) != mine.get(name)]
+    checkpoints = ("save_checkpoint", "prune")
+    within = [any(name in row["where"] for name in checkpoints) for row in rows]
     return {
         "kills": len(rows),
-        "inside_file_operations": sum(row["where"].startswith("file") for row in rows),
-        "with_something_half_done": sum(bool(row["left_over"]) for row in rows),
+        "inside_checkpoint_writes": sum(within),
+        "inside_other_writes": sum("inside" in row["where"] for row in rows) - sum(within),
         "runs": runs,
         "epochs_per_run": epochs,
         "files_compared": runs * len(whole),
@@ -198,8 +208,8 @@ def main(argv: Sequence[str]) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(options.out, json.dumps(content, indent=1) + "\n")
     print(
-        f"{found['kills']} kills ({found['inside_file_operations']} inside file operations, "
-        f"{found['with_something_half_done']} left something half done) in {found['runs']} runs of {found['epochs_per_run']} "
+        f"{found['kills']} kills ({found['inside_checkpoint_writes']} inside the writing or pruning of checkpoints, "
+        f"{found['inside_other_writes']} inside that of other files) in {found['runs']} runs of {found['epochs_per_run']} "
         f"epochs: {len(found['files_differing'])} of {found['files_compared']} files differ from the run never interrupted, "
         f"{len(found['checkpoints_lost'])} checkpoints lost"
     )
