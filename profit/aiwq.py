@@ -7,7 +7,9 @@ have given: Gaussian KL per output channel, mean over the channels, exponential 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
-from profit_kernels import aiwq_conv2d, aiwq_kl
+from profit_kernels import aiwq_conv2d, aiwq_conv2d_moments, aiwq_kl, kl_of_pooled, pool_moments
 
+from .distributed import sum_over_ranks, world_size
 from .errors import TrainingError
 from .nn.conv import QuantConv2d
 from .nn.quantizer import InputQuantizer
@@ -41,13 +44,16 @@ class AIWQMonitor:
 
     What is sampled: forward passes of layers in training mode with gradients enabled, so that evaluation and BatchNorm
     re-estimation in between leave no trace. All forward passes between two calls of `step()` belong to one iteration
-    (gradient accumulation, a layer used twice, recomputation in checkpointing): their KLs are averaged into one sample.
-    A layer that does not run in an iteration gets no sample from it. The hooks never wait for the device; reading
-    `scores()`, `clamped` or `skipped` does.
+    (gradient accumulation, a layer used twice, recomputation in checkpointing): their KLs are averaged into one sample,
+    or, with `pooled`, one KL is taken from the moments of all of them. A layer that does not run in an iteration gets no
+    sample from it. The hooks never wait for the device; reading `scores()`, `clamped` or `skipped` does.
 
     A deep copy of the model (a weight average, say) is not sampled. Hooks and `torch.compile` agree as far as eager hooks
-    do: they break the graph while the monitor is attached. In several processes each one samples its own batches: take
-    one process's scores everywhere before freezing.
+    do: they break the graph while the monitor is attached.
+
+    In several processes (torch.distributed) moments are pooled over all of them, exactly, so that every process has the
+    scores of the whole batch; `step()` must then be called by all. In mode "original" each samples its own batches, as
+    published, where only the first device's counted: take process 0's scores everywhere.
 
     Args:
         model: converted model; the layers are its `QuantConv2d` with `ranked` set.
@@ -57,19 +63,27 @@ class AIWQMonitor:
             dropped, and a NaN kept for ever.
         every: sample every k-th iteration only; each sample still compares with the iteration right before.
         decay: of the running mean, in [0, 1). See `profit.decay.aiwq_decay_for` for short runs.
+        pooled: take the moments over all forward passes of an iteration, as if they were one batch: with it, gradient
+            accumulation and several processes score as one process with the whole batch does. None: where there are
+            several processes. Needs the corrected mode.
 
     Raises:
         ValueError: an argument out of range, or a model without ranked convolutions.
     """
 
-    def __init__(self, model: nn.Module, mode: str = "corrected", every: int = 1, decay: float = 0.999) -> None:
+    def __init__(
+        self, model: nn.Module, mode: str = "corrected", every: int = 1, decay: float = 0.999, pooled: bool | None = None
+    ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number >= 1, got {every!r}")
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must be in [0, 1), got {decay}")
+        if pooled and mode == "original":
+            raise ValueError('pooled=True needs mode="corrected": the published code does not pool')
         self.mode, self.every, self.decay = mode, every, decay
+        self.pooled = (world_size() > 1 and mode == "corrected") if pooled is None else pooled
         self._layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantConv2d) and m.ranked}
         if not self._layers:
             raise ValueError("the model has no quantized convolution directly followed by BatchNorm: nothing to rank")
@@ -78,7 +92,8 @@ class AIWQMonitor:
         self._iteration = 0
         self._previous: dict[str, Tensor] = {}  # quantized weights of the iteration before
         self._captured: dict[str, Tensor] = {}  # of this iteration, taken at its first sampled forward
-        self._pending: list[tuple[int, Tensor]] = []  # (layer index, KL [C]; original: [1]) of this iteration
+        # (layer index, KL [C]; original: KL [1]; pooled: moments [5, C]) of every forward pass of this iteration
+        self._pending: list[tuple[int, Tensor]] = []
         # Columns: running mean, samples in it, channels clamped, steps skipped. float64 holds the counts exactly.
         self._stats = torch.zeros(len(self._layers), 4, dtype=torch.float64)
         self._handles: list[RemovableHandle] = [
@@ -92,26 +107,47 @@ class AIWQMonitor:
         if needed_next and not self._captured:
             # All layers at once, so that one that does not run now still has a previous weight in the next iteration.
             self._captured = {name: _quantized_weight(layer) for name, layer in self._layers.items()}
-        if self._previous and self._iteration % self.every == 0:
+        if self._sampling():
             layer = self._layers[name]
-            measure = _corrected_kl if self.mode == "corrected" else _original_kl
+            measure = _original_kl if self.mode == "original" else partial(_corrected, self.pooled)
             x = layer.after_norm(x)
             self._pending.append((index, measure(layer, x, y_new, self._previous[name].to(layer.weight.device))))
 
     @torch.no_grad()
     def step(self) -> None:
         """End the iteration: call after every optimizer step, also where the step was skipped."""
-        if self._pending:
-            self._fold()
+        if self.pooled and self._sampling():
+            self._fold(*self._pool())  # in several processes also where none of the layers ran in this one
+        elif self._pending:
+            self._fold(self._pending, torch.ones(len(self._pending)))
         self._pending = []
         self._previous, self._captured = self._captured, {}
         self._iteration += 1
 
-    def _fold(self) -> None:
-        """Add this iteration's KLs to the running means."""
-        indices = [index for index, _ in self._pending]
+    def _sampling(self) -> bool:
+        """Whether this iteration is one of the sampled ones and has weights to compare with."""
+        return bool(self._previous) and self._iteration % self.every == 0
+
+    def _pool(self) -> tuple[list[tuple[int, Tensor]], Tensor]:
+        """One KL [C] per layer from the moments of all forward passes and processes, and whether the layer ran [layers]."""
+        channels = [layer.out_channels for layer in self._layers.values()]
+        starts = [sum(channels[:index]) for index in range(len(channels))]
+        device = next(iter(self._layers.values())).weight.device
+        passes = max(Counter(index for index, _ in self._pending).values(), default=1)
+        moments = torch.zeros(passes, 5, sum(channels), dtype=torch.float64, device=device)
+        place = Counter[int]()
+        for index, part in self._pending:
+            moments[place[index], :, starts[index] : starts[index] + channels[index]] = part
+            place[index] += 1
+        pooled = pool_moments(moments, lambda parts: sum_over_ranks(parts.sum(0)))
+        kl = kl_of_pooled(pooled).split(channels)
+        return list(enumerate(kl)), (pooled[0, starts] > 0)
+
+    def _fold(self, pending: list[tuple[int, Tensor]], ran: Tensor) -> None:
+        """Add this iteration's KLs to the running means; `ran` is 0 for a row that stands for nothing."""
+        indices = [index for index, _ in pending]
         # Rows of unequal length are filled up with NaN, which the corrected mean leaves out anyway.
-        kl = pad_sequence([kl.double() for _, kl in self._pending], batch_first=True, padding_value=float("nan"))
+        kl = pad_sequence([kl.double() for _, kl in pending], batch_first=True, padding_value=float("nan"))
         self._stats = self._stats.to(kl.device)
         if self.mode == "corrected":
             rows, over = kl.clamp(max=MAX_KL).nanmean(1), (kl > MAX_KL).sum(1)
@@ -120,7 +156,7 @@ class AIWQMonitor:
             rows, over = kl[:, 0], torch.zeros_like(kl[:, 0])
             valid_row = torch.ones_like(rows, dtype=torch.bool)
         layer = torch.tensor(indices).to(kl.device, non_blocking=True)
-        totals = torch.stack((rows.where(valid_row, 0.0), valid_row, over, torch.ones_like(rows)), 1).double()
+        totals = torch.stack((rows.where(valid_row, 0.0), valid_row, over, ran.to(rows)), 1).double()
         # index_put_ with accumulate sums in a fixed order on every device, unlike index_add_.
         total, count, over, seen = torch.zeros_like(self._stats).index_put_((layer,), totals, accumulate=True).unbind(1)
         sample = total / count
@@ -251,8 +287,8 @@ def _quantized_weight(layer: QuantConv2d) -> Tensor:
     return weight.clone() if weight.data_ptr() == layer.weight.data_ptr() else weight
 
 
-def _corrected_kl(layer: QuantConv2d, x: Tensor, y_new: Tensor, weight_old: Tensor) -> Tensor:
-    """KL [C] with the layer's own padding; the operator quantizes the raw input itself where it can."""
+def _corrected(moments: bool, layer: QuantConv2d, x: Tensor, y_new: Tensor, weight_old: Tensor) -> Tensor:
+    """KL [C], or moments [5, C], with the layer's own padding; the operator quantizes the raw input itself where it can."""
     quantizer: InputQuantizer = layer.input_quantizer
     settings: dict[str, Any] = {}
     if quantizer.is_duq and layer.padding_mode == "zeros":
@@ -266,7 +302,8 @@ def _corrected_kl(layer: QuantConv2d, x: Tensor, y_new: Tensor, weight_old: Tens
             settings = {"padding": layer.padding4(x), "pad_value": layer.pad_value}
         else:
             x = F.pad(x, layer.padding4(x), mode=layer.padding_mode)
-    return aiwq_conv2d(
+    compare = aiwq_conv2d_moments if moments else aiwq_conv2d
+    return compare(
         x, y_new, weight_old, layer.bias, stride=layer.stride, dilation=layer.dilation, groups=layer.groups, **settings
     )
 

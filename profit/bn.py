@@ -1,4 +1,4 @@
-"""Re-estimate the BatchNorm statistics of a quantized model on training data."""
+"""BatchNorm: statistics re-estimated on training data, and statistics of the whole batch in several processes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import run_batch
+from .distributed import sum_over_ranks, world_size
 
 
 def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int:
@@ -20,13 +21,15 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int
     variance is that within batches. Only BatchNorm is in training mode meanwhile, so dropout stays off; no gradient is
     computed. Momentum, training modes and weights are left as they were; the statistics too, should a batch fail.
 
+    In several processes (torch.distributed) each shows its own batches and the average is over all of them.
+
     Args:
         model: model with BatchNorm; batches are moved to the device of its first parameter.
         loader: yields tensors, tuples or lists that start with one, or mappings of keyword arguments.
         batches: how many batches to use; a shorter loader gives fewer.
 
     Returns:
-        The number of batches used.
+        The number of batches used, in all processes.
 
     Raises:
         ValueError: `batches` < 1, a loader without a batch, or a model without BatchNorm that tracks statistics.
@@ -54,6 +57,7 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int
             for batch in islice(loader, batches):
                 run_batch(model, batch, device)
                 used += 1
+        used = _average_over_ranks(norms, used)
         if not used:
             raise ValueError("the loader gave no batch: BatchNorm statistics cannot be re-estimated")
         finished = True
@@ -66,3 +70,67 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int
         for module, mode in modes.items():
             module.training = mode
     return used
+
+
+@torch.no_grad()
+def _average_over_ranks(norms: list[nn.Module], used: int) -> int:
+    """Average the statistics over the processes, each with the weight of its batches; the number of batches of all."""
+    if world_size() == 1:
+        return used
+    statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+    own = torch.cat([torch.tensor([1.0], dtype=torch.float64), *(b.double().flatten().cpu() for b in statistics)]) * used
+    total = sum_over_ranks(own)
+    used = int(total[0])
+    if used:
+        means = (total[1:] / total[0]).split([buffer.numel() for buffer in statistics])
+        for buffer, mean in zip(statistics, means, strict=True):
+            buffer.copy_(mean.view_as(buffer))
+    return used
+
+
+def sync_batchnorm(model: nn.Module) -> nn.Module:
+    """Let every BatchNorm take its statistics from the batches of all processes; returns the model.
+
+    On a GPU these are torch's SyncBatchNorm modules (through timm, which knows its own fused BatchNorm). torch has none for
+    the CPU: there BatchNorm keeps its module and gets the forward of :class:`SyncedOnCpu`. Names in the state_dict stay.
+    """
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        from timm.layers import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(model)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, SyncedOnCpu):
+            cls = type(module)
+            module.__class__ = type(f"Synced{cls.__name__}", (SyncedOnCpu, cls), {"__module__": __name__})
+    return model
+
+
+class SyncedOnCpu:
+    """Mixin in front of a BatchNorm class: in training, mean and variance of the batches of all processes.
+
+    The moments are float64, and gradients flow through them to every process, as in a single one with the whole batch.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        dims = [0, *range(2, x.dim())]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        count = sum_over_ranks(torch.tensor(float(x.numel() // x.shape[1]), dtype=torch.float64))
+        mean = sum_over_ranks(x.double().sum(dims)) / count
+        variance = sum_over_ranks((x.double() - mean.view(shape)).square().sum(dims)) / count
+        if self.track_running_stats:
+            self._track(mean.detach(), variance.detach() * count / (count - 1))
+        y = ((x.double() - mean.view(shape)) * torch.rsqrt(variance.view(shape) + self.eps)).to(x.dtype)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        # timm's BatchNormAct2d drops out and activates as well
+        return self.act(self.drop(y)) if hasattr(self, "act") else y
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        self.num_batches_tracked.add_(1)
+        factor = 1.0 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean), factor)
+        self.running_var.lerp_(variance.to(self.running_var), factor)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .batches import run_batch
 from .config import check_choice
 from .dataflow import eval_mode
+from .distributed import gather, sum_over_ranks, world_size
 from .errors import CalibrationError, ConversionError
 from .nn import InputQuantizer, QuantConv2d, QuantLayer
 from .nn.quantizer import apply_activation
@@ -50,6 +51,10 @@ def calibrate_(
         empty_range: range of a layer that ran but saw no positive value (a dead ReLU of a small squeeze-and-excite, say).
             Its input is zero in any range, and training moves the range once the layer comes to life. None: an error.
 
+    In several processes (torch.distributed) each shows its own batches, up to `batches` of them, and the ranges are those of
+    all values together, the same everywhere: with at most 2^20 values per layer and process exactly those of one process that
+    sees all the batches.
+
     Memory: up to 2^20 values per layer are kept. Where there are more, a uniform random part of them is (with a generator
     seeded here, so the result is the same every time); "max" is always exact.
 
@@ -84,7 +89,8 @@ def calibrate_(
         for batch in islice(iter(loader), batches):
             run_batch(model, batch, device)
             used += 1
-    if used == 0:
+    _merge_over_ranks(samples, device)
+    if not int(sum_over_ranks(torch.tensor([used]))):
         raise CalibrationError("calibration: the loader gave no batch; it needs at least one")
     empty = _empty(samples, empty_range)
     ranges = {name: _range(sample, percentile, mode) for name, sample in samples.items() if name not in empty}
@@ -168,6 +174,21 @@ class _Sample:
     def _part(self, values: Tensor, number: int) -> Tensor:
         """`number` of the values, drawn with replacement: uniform, and no index as large as the data."""
         return values[torch.randint(values.numel(), (number,), generator=self.generator).to(values.device)]
+
+
+def _merge_over_ranks(samples: Mapping[str, _Sample], device: torch.device) -> None:
+    """Give every process the values of all; where some dropped a part of theirs, all are thinned alike first."""
+    if world_size() == 1:
+        return
+    own = torch.tensor([[s.ran, s.largest, s.share] for s in samples.values()], dtype=torch.float64)
+    ran, largest, share = gather(own.flatten()).view(-1, *own.shape).unbind(-1)
+    for index, sample in enumerate(samples.values()):
+        sample.ran, sample.largest = bool(ran[:, index].any()), float(largest[:, index].max())
+        values = torch.cat(sample.chunks) if sample.chunks else torch.empty(0, device=device)
+        least = float(share[:, index].min())
+        if len(values) and least < sample.share:
+            values = sample._part(values, round(len(values) * least / sample.share))
+        sample.chunks = [gather(values)]
 
 
 def _empty(samples: Mapping[str, _Sample], empty_range: float | None) -> list[str]:

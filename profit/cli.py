@@ -38,7 +38,11 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/<run.name> by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Carry on the run in the folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead of progress bars.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the phases of the recipe, and train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the phases, what they freeze and the estimated time; train nothing.")
+    ] = False,
+    images: Annotated[int | None, typer.Option(min=1, help="With --dry-run, without the data: training images.")] = None,
+    throughput: Annotated[float | None, typer.Option(min=1e-9, help="With --dry-run: images per second, not measured.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Train a recipe through all its phases and write a report.
@@ -48,22 +52,29 @@ def train(
     from profit.train.recipe_io import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    if dry_run:
-        print(loaded.schedule.table())
-        return
     stored = (recipe / "recipe.yaml").is_file()
-    folder = out or (recipe if stored and resume else Path("runs") / loaded.run.name)
+    folder = out or (recipe if stored and (resume or dry_run) else Path("runs") / loaded.run.name)
+    if dry_run:
+        from profit.train.dry_run import dry_run as plan
 
+        print(plan(loaded, folder, images, throughput))
+        return
+
+    from profit.distributed import rank
+    from profit.train.processes import process_group
     from profit.train.runs import MODEL, is_begun
     from profit.train.trainer import train as run_training
 
     finished = resume and (folder / MODEL).is_file()
-    try:
-        results = run_training(loaded, folder, resume=resume, quiet=quiet)
-    except KeyboardInterrupt:
-        kept = f"the last finished epoch is kept in {folder}; the same command with --resume carries on from there"
-        print(f"interrupted: {kept if is_begun(folder) else 'no epoch was finished yet'}", file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    with process_group(loaded.run.timeout_s):
+        try:
+            results = run_training(loaded, folder, resume=resume, quiet=quiet)
+        except KeyboardInterrupt:
+            kept = f"the last finished epoch is kept in {folder}; the same command with --resume carries on from there"
+            print(f"interrupted: {kept if is_begun(folder) else 'no epoch was finished yet'}", file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        if rank():
+            return  # process 0 tells the results
     if finished:
         print(f"{folder} is finished already")
     _print_results(results)

@@ -8,7 +8,7 @@ ImageNet: 200 epochs of SGD (Nesterov 0.9, batch 256).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -261,18 +261,24 @@ class PhaseSchedule:
             raise ValueError(f"saved position {state['position']} is outside 0..{len(self.phases)}")
         self.position = int(state["position"])
 
-    def table(self) -> str:
-        """The phases as an aligned text table: bits, frozen share, what trains and the learning rates."""
-        header = ("phase", "kind", "bits", "epochs", "frozen", "trains", "lr start", "lr peak", "lr end", "interval lr")
+    def table(self, columns: Mapping[str, Sequence[str]] | None = None) -> str:
+        """The phases as an aligned text table: bits, frozen share, what trains and the learning rates.
+
+        Args:
+            columns: further columns, one text per phase.
+        """
+        extra = dict(columns or {})
+        header = ("phase", "kind", "bits", "epochs", "frozen", "trains", "lr start", "lr peak", "lr end", "interval lr", *extra)
         rows = [header]
-        for p in self.phases:
+        for index, p in enumerate(self.phases):
             trains = "+".join(
                 part for part, on in (("w", p.train_weights), ("a,c", p.train_intervals), ("bn", True)) if on
             )
             interval = f"{p.lr * p.interval_lr_mult:.3g}" if p.train_intervals else "-"
             rates = [f"{rate:.3g}" for rate in (p.lr_at(0), p.lr, p.lr_at(p.epochs))]
             frozen = f"{p.frozen_fraction:.3g}"
-            rows.append((p.name, p.kind, p.bits, str(p.epochs), frozen, trains, *rates, interval))
-        rows.append(("total", "", "", str(self.total_epochs)) + ("",) * 6)
+            more = (column[index] for column in extra.values())
+            rows.append((p.name, p.kind, p.bits, str(p.epochs), frozen, trains, *rates, interval, *more))
+        rows.append(("total", "", "", str(self.total_epochs)) + ("",) * (6 + len(extra)))
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)

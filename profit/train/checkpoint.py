@@ -1,12 +1,15 @@
 """Checkpoints: one .safetensors file with the tensors and one .json with everything else and the checksums.
 
-The .json is written last and names the digest of the .safetensors, so a checkpoint whose .json exists is complete.
-Nothing is pickled in either direction.
+A checkpoint is the .json together with the tensors whose digest it names. New tensors are written beside the old ones
+(`.NAME.safetensors.new`), then the .json is replaced, which is the moment the new checkpoint counts, then the tensors take
+the old ones' place. Whatever moment a process is killed at, the .json finds its tensors under one of the two names; where it
+does not, the checkpoint is damaged and said to be. Nothing is pickled in either direction.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from profit.errors import CheckpointError
-from profit.train.files import sha256, write_atomic
+from profit.errors import CheckpointError, ProfitError
+from profit.train.files import sha256, sync_folder, write_atomic
 
 FORMAT = "profit-checkpoint-1"
 _TENSOR, _ITEMS = "__tensor__", "__items__"
@@ -35,9 +38,13 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_encode(state, "", tensors))
     data = save(tensors)
-    write_atomic(path.with_name(path.name + ".safetensors"), data)
+    json_path, tensor_path, new_path = _files(path)
+    if new_path.exists():  # a process was killed here before
+        _settle(path)
+    write_atomic(new_path, data)
     head = {"format": FORMAT, "tensors_sha256": sha256(data), "state_sha256": sha256(plain.encode())}
-    write_atomic(path.with_name(path.name + ".json"), json.dumps({**head, "state": json.loads(plain)}))
+    write_atomic(json_path, json.dumps({**head, "state": json.loads(plain)}))
+    _rename(new_path, tensor_path)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -54,10 +61,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     path = Path(path)
     base = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
-    json_path, tensor_path = (base.with_name(base.name + ending) for ending in (".json", ".safetensors"))
+    json_path, tensor_path, new_path = _files(base)
     try:
         head = json.loads(json_path.read_text(encoding="utf-8"))
-        data = tensor_path.read_bytes()
+        contents = [path.read_bytes() for path in (tensor_path, new_path) if path.exists()]
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {base}: {Path(str(error.filename)).name} is missing") from None
     except OSError as error:
@@ -68,7 +75,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{json_path} is not a checkpoint of this program (format {FORMAT})")
     if sha256(json.dumps(head.get("state")).encode()) != head.get("state_sha256"):
         raise CheckpointError(f"{json_path} is damaged: its checksum does not match")
-    if sha256(data) != head.get("tensors_sha256"):
+    if not contents:
+        raise CheckpointError(f"there is no checkpoint {base}: {tensor_path.name} is missing")
+    data = next((content for content in contents if sha256(content) == head.get("tensors_sha256")), None)
+    if data is None:
         raise CheckpointError(f"{tensor_path} is damaged: its checksum does not match")
     try:
         return _decode(head["state"], load(data))
@@ -82,35 +92,53 @@ def checkpoints(folder: str | Path) -> list[Path]:
 
 
 def prune(folder: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` resumable checkpoints, and temporary files of a crash."""
+    """Remove all but the newest `keep` resumable checkpoints, and what a killed process left half done.
+
+    Raises:
+        ProfitError: a file cannot be removed.
+    """
     folder = Path(folder)
-    for base in checkpoints(folder)[:-keep]:
-        base.with_suffix(".json").unlink(missing_ok=True)  # first: a checkpoint without .json does not count
-        base.with_suffix(".safetensors").unlink(missing_ok=True)
-    for leftover in folder.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
+    try:
+        for base in checkpoints(folder)[:-keep]:
+            for path in _files(base):  # the .json first: a checkpoint without it does not count
+                path.unlink(missing_ok=True)
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        for new in folder.glob(".*.safetensors.new"):
+            _settle(folder / new.name[1:].removesuffix(".safetensors.new"))
+        for path in folder.glob("*.safetensors"):
+            if not path.with_suffix(".json").exists():
+                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ProfitError(f"cannot tidy {folder}: {error.strerror or error}") from error
 
 
-def rng_state() -> dict[str, Any]:
-    """The state of every generator a run may draw from: Python, NumPy, torch, all CUDA devices."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "python": list(map(_as_list, random.getstate())),
-        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+def _files(base: Path) -> tuple[Path, Path, Path]:
+    """(.json, tensors, new tensors) of a checkpoint."""
+    names = f"{base.name}.json", f"{base.name}.safetensors", f".{base.name}.safetensors.new"
+    return tuple(base.with_name(name) for name in names)  # type: ignore[return-value]
 
 
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Put back what `rng_state` took."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+def _settle(base: Path) -> None:
+    """End a write that broke off: new tensors take their place if the .json means them, and go if it does not."""
+    json_path, tensor_path, new_path = _files(base)
+    try:
+        expected = json.loads(json_path.read_text(encoding="utf-8"))["tensors_sha256"] if json_path.exists() else None
+        if expected == sha256(new_path.read_bytes()):
+            _rename(new_path, tensor_path)
+    except (ValueError, KeyError, TypeError):  # a damaged .json means nothing
+        pass
+    except OSError as error:
+        raise ProfitError(f"cannot read {new_path}: {error.strerror or error}") from error
+    new_path.unlink(missing_ok=True)
+
+
+def _rename(source: Path, target: Path) -> None:
+    try:
+        os.replace(source, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise ProfitError(f"cannot write {target}: {error.strerror or error}") from error
 
 
 def seed_everything(seed: int) -> None:
@@ -118,10 +146,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -57,8 +57,7 @@ class Progress:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self.stream, flush=True)
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
+        self._keep(text)
 
     def begin_phase(self, phase: Phase, label: str, steps: int, done: int) -> None:
         """Open the bar of a phase of `steps` optimizer steps, `done` of them done before; on a terminal only."""
@@ -105,13 +104,9 @@ class Progress:
         )
         if self.quiet:
             print(text, file=self.stream, flush=True)
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
-        if self._curves is not None:
-            for name in ("lr", "train_loss", "test_loss", "accuracy", "accuracy_ema"):
-                if row[name] is not None:
-                    self._curves.add_scalar(name, row[name], global_epoch)
-            self._curves.add_scalar("images_per_s", images_per_s, global_epoch)
+        self._keep(text)
+        names = ("lr", "train_loss", "test_loss", "accuracy", "accuracy_ema")
+        self._plot({**{name: row[name] for name in names if row[name] is not None}, "images_per_s": images_per_s}, global_epoch)
 
     def end_phase(self, label: str, row: dict[str, Any]) -> None:
         """A phase is over; `row` is its entry in results.json."""
@@ -124,9 +119,25 @@ class Progress:
 
     def scores(self, scores: dict[str, float], global_epoch: int) -> None:
         """AIWQ per layer, for TensorBoard."""
-        if self._curves is not None:
-            for name, value in scores.items():
-                self._curves.add_scalar(f"aiwq/{name}", value, global_epoch)
+        self._plot({f"aiwq/{name}": value for name, value in scores.items()}, global_epoch)
+
+    def _keep(self, text: str) -> None:
+        """A line of the log."""
+        try:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.flush()
+        except OSError as error:
+            raise ProfitError(f"cannot write {self._log.name}: {error.strerror or error}") from error
+
+    def _plot(self, values: dict[str, float], step: int) -> None:
+        """Points of TensorBoard's curves."""
+        if self._curves is None:
+            return
+        try:
+            for name, value in values.items():
+                self._curves.add_scalar(name, value, step)
+        except OSError as error:
+            raise ProfitError(f"cannot write the curves for TensorBoard: {error.strerror or error}") from error
 
     def _close_bar(self) -> None:
         if self._bar is not None:
@@ -136,15 +147,34 @@ class Progress:
     def close(self) -> None:
         """Leave the terminal and the files in order."""
         self._close_bar()
-        if self._curves is not None:
-            self._curves.close()
-        self._log.close()
+        # on a full disk closing fails once more: the error that ends the run is the one to tell
+        for file in (self._curves, self._log):
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class NoProgress(Progress):
+    """Says and writes nothing: every process but the first."""
+
+    def __init__(self) -> None:
+        self._bar = self._curves = None
+
+    def line(self, text: str) -> None: ...
+
+    def begin_phase(self, phase: Phase, label: str, steps: int, done: int) -> None: ...
+
+    def end_epoch(self, phase: Phase, label: str, row: dict[str, Any], images_per_s: float, global_epoch: int) -> None: ...
+
+    def end_phase(self, label: str, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def _percent(value: float | None) -> str:

@@ -39,7 +39,8 @@ class DataRecipe:
         name: `digits`, `imagefolder`, `imagefolder:PATH`, or a timm data set name such as `torch/cifar10`.
         path: folder of the data.
         image_size: side of the square image.
-        batch_size, eval_batch_size: images per batch.
+        batch_size: images per optimizer step, over all processes and accumulated micro-batches together.
+        eval_batch_size: images per test batch of a process.
         folds, fold: stratified folds; fold number `fold` (from 0) is the test set.
         shift: largest random shift of a training image in pixels.
         limit: keep at most this many training and test images.
@@ -83,12 +84,24 @@ class CalibrationRecipe:
 
 @dataclass(frozen=True)
 class OptimRecipe:
-    """SGD; learning rates, weight decay and their course belong to the schedule. `clip_grad` is a gradient norm."""
+    """SGD; learning rates, weight decay and their course belong to the schedule.
+
+    Attributes:
+        clip_grad: largest norm of the gradient.
+        accumulate: micro-batches per optimizer step and process; BatchNorm sees one micro-batch at a time.
+    """
 
     momentum: float = 0.9
     nesterov: bool = True
     clip_grad: float | None = None
     label_smoothing: float = 0.0
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, got {self.accumulate}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ class TeacherRecipe:
 
     Attributes:
         source: None (no teacher), `self` (the network itself as it is when quantization begins), a run folder, a
-            .safetensors file of a run, or a timm model name with pretrained weights.
+            .safetensors file of a run, a timm model name, or `torchvision/NAME`; the last two with pretrained weights.
     """
 
     source: str | None = None
@@ -129,10 +142,19 @@ class RunRecipe:
         name: title in the report and of the default output folder.
         seed: of initial weights, order and augmentation.
         threads: torch threads; None leaves torch's choice. One is fastest for very small nets.
-        device: `cpu`, `cuda`, `cuda:1`, ... or `auto`.
+        device: `cpu`, `cuda`, `cuda:1`, ... or `auto`. Under torchrun `cuda` and `auto` give each process its own GPU.
         eval_every: test after every n-th epoch; 0 only at the end of a phase.
         weights: which weights become model.safetensors: the trained ones (`model`) or their average (`ema`).
         tensorboard: write curves for TensorBoard.
+        keep_checkpoints: how many resumable checkpoints are kept; two, so that a damaged one has a predecessor.
+        amp: `bf16` runs forward passes under autocast; parameters, quantizer intervals and statistics stay float32.
+        compile: torch.compile of the training step's forward and backward pass; sampling phases run without, since hooks
+            break the graph at every layer.
+        channels_last: memory format of images and weights.
+        sync_bn: in several processes, BatchNorm over the batches of all of them. Without, each normalises its own
+            micro-batch, and the running statistics are averaged after every epoch.
+        find_unused_parameters: for a network of which some parameters get no gradient in some steps (DistributedDataParallel).
+        timeout_s: how long a process waits for the others before it gives up.
     """
 
     name: str = "run"
@@ -142,6 +164,21 @@ class RunRecipe:
     eval_every: int = 1
     weights: Literal["model", "ema"] = "model"
     tensorboard: bool = True
+    keep_checkpoints: int = 2
+    amp: Literal["none", "bf16"] = "none"
+    compile: bool = False
+    channels_last: bool = False
+    sync_bn: bool = False
+    find_unused_parameters: bool = False
+    timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s must be positive, got {self.timeout_s}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be at least 1, got {self.threads}")
 
 
 @dataclass(frozen=True)

@@ -5,22 +5,26 @@
     report.html         the same for people
     model.safetensors   the final weights, with all that is needed to build the network again
     teacher.safetensors the full-precision network, where it is its own teacher
-    checkpoints/        the newest two (epoch-NNNN), the best (best) and the best average of weights (best_ema)
+    checkpoints/        the newest (epoch-NNNN), the best (best) and the best average of weights (best_ema)
     tensorboard/        curves
     log.txt             one line per epoch
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from profit.errors import CheckpointError, ProfitError, RecipeError
-from profit.train.checkpoint import checkpoints, load_checkpoint, prune
+from profit.train.checkpoint import checkpoints, load_checkpoint
 from profit.train.files import write_atomic
 from profit.train.recipe import Recipe
 from profit.train.recipe_io import dump_recipe, first_difference, load_recipe, recipe_dict
@@ -28,6 +32,9 @@ from profit.train.recipe_io import dump_recipe, first_difference, load_recipe, r
 RECIPE, RESULTS, MODEL, TEACHER, CHECKPOINTS = (
     "recipe.yaml", "results.json", "model.safetensors", "teacher.safetensors", "checkpoints",
 )  # fmt: skip
+
+# How and where it trains is not what is trained: these may change when a run is carried on.
+_PLACE = ("device", "tensorboard", "keep_checkpoints", "timeout_s", "find_unused_parameters")
 
 
 def open_run(folder: Path, recipe: Recipe, resume: bool) -> bool:
@@ -38,14 +45,11 @@ def open_run(folder: Path, recipe: Recipe, resume: bool) -> bool:
         RecipeError: the stored recipe is another one (the first difference is named).
     """
     stored = folder / RECIPE
-    if folder.exists() and not folder.is_dir():
-        raise ProfitError(f"the output folder {folder} is a file")
     if stored.is_file() and is_begun(folder):
         finished = (folder / MODEL).is_file()
         if not resume:
             state = "a finished run" if finished else "an unfinished run"
             raise ProfitError(f"{folder} already holds {state}: --resume carries it on, --out DIR starts another")
-        # where it trains is not what is trained
         changed = first_difference(*(_without_place(recipe_dict(r)) for r in (load_recipe(stored), recipe)))
         if changed:
             raise RecipeError(f"{folder} was started with another recipe (stored != given): {changed}")
@@ -56,8 +60,39 @@ def open_run(folder: Path, recipe: Recipe, resume: bool) -> bool:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProfitError(f"cannot write the output folder {folder}: {error.strerror or error}") from None
+    try:
+        (folder / TEACHER).unlink(missing_ok=True)  # of an attempt that left nothing else, with another recipe perhaps
+    except OSError as error:
+        raise ProfitError(f"cannot write the output folder {folder}: {error.strerror or error}") from None
     write_atomic(stored, dump_recipe(recipe))
     return False
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of `folder`, which is made if it is missing; the lock goes with the process, however it ends.
+
+    Raises:
+        ProfitError: another process trains in this folder, or it cannot be made.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ProfitError(f"the output folder {folder} is a file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ProfitError(f"cannot write the output folder {folder}: {error.strerror or error}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ProfitError(f"{folder} is in use: another process trains in it; choose another with --out") from None
+    except OSError as error:
+        warnings.warn(f"{folder} cannot be locked ({error.strerror}): start no second run in it", stacklevel=2)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def is_begun(folder: Path) -> bool:
@@ -65,18 +100,18 @@ def is_begun(folder: Path) -> bool:
     return (folder / MODEL).is_file() or bool(checkpoints(folder / CHECKPOINTS))
 
 
-def newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """The newest undamaged checkpoint of a run (None if it has none yet), and a warning for each damaged one.
+def newest_checkpoint(folder: Path) -> tuple[str | None, list[str]]:
+    """The name of the newest undamaged checkpoint of a run (None if it has none yet), and a warning for each damaged one.
 
     Raises:
         CheckpointError: there are checkpoints and all are damaged.
     """
-    prune(folder / CHECKPOINTS, keep=2)
     warnings: list[str] = []
     found = checkpoints(folder / CHECKPOINTS)
     for base in reversed(found):
         try:
-            return load_checkpoint(base), warnings
+            load_checkpoint(base)
+            return base.name, warnings
         except CheckpointError as error:
             warnings.append(f"warning: {error}; going back to the checkpoint before it")
     if found:
@@ -99,17 +134,17 @@ def resolve_weights(folder: Path, which: str | None) -> Path:
         if not found:
             raise CheckpointError(f"{folder} has no checkpoint yet")
         return found[-1].with_suffix(".safetensors")
-    named = folder / CHECKPOINTS / f"{which}.safetensors"
+    named = folder / CHECKPOINTS / f"{which}.json"
     if named.is_file():
-        return named
+        return named.with_suffix(".safetensors")
     if Path(which).exists():
         return Path(which)
-    known = ", ".join(sorted(path.stem for path in (folder / CHECKPOINTS).glob("*.safetensors"))) or "none"
+    known = ", ".join(sorted(path.stem for path in (folder / CHECKPOINTS).glob("*.json"))) or "none"
     raise CheckpointError(f"there is no checkpoint {which}; this run has: {known}")
 
 
 def device_for(recipe: Recipe) -> torch.device:
-    """The device a recipe asks for; `auto` is the GPU where there is one.
+    """The device a recipe asks for; `auto` is the GPU where there is one. Under torchrun each process has a GPU of its own.
 
     Raises:
         RecipeError: no such device here.
@@ -121,8 +156,12 @@ def device_for(recipe: Recipe) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise RecipeError(f"run.device: {name!r} is no device; use cpu, cuda, cuda:1 or auto") from None
+    if device.type == "cuda" and device.index is None and dist.is_available() and dist.is_torchelastic_launched():
+        device = torch.device("cuda", dist.get_node_local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f"run.device: {name} is not here ({torch.cuda.device_count()} CUDA devices)")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -139,5 +178,5 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def _without_place(values: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in values["run"].items() if key not in ("device", "tensorboard")}
+    kept = {key: value for key, value in values["run"].items() if key not in _PLACE}
     return {**values, "run": kept}

@@ -14,11 +14,17 @@ from profit.quantize import set_bits
 from profit.train.network import Architecture, load_network, load_weights, read_weights, save_network
 
 
-def load_teacher(source: str | None, architecture: Architecture, device: torch.device) -> nn.Module | None:
+def load_teacher(
+    source: str | None, architecture: Architecture, device: torch.device, pretrained: bool = True
+) -> nn.Module | None:
     """The teacher a recipe names, in eval mode and without gradients; None for None and for `self`.
 
+    Args:
+        pretrained: with the weights that timm or torchvision has for it; without, only its cost is that of the teacher.
+
     Raises:
-        RecipeError: not a file, not a timm model, or another number of classes than the student's.
+        RecipeError: not a file, not a timm or torchvision model, weights that cannot be had, or another number of classes or
+            channels than the student's.
         CheckpointError: an unusable file.
     """
     if source in (None, "self"):
@@ -33,19 +39,47 @@ def load_teacher(source: str | None, architecture: Architecture, device: torch.d
     elif source.endswith(".safetensors") or source.startswith((".", "/")):
         raise RecipeError(f"teacher.source: there is no file or folder {source}")
     else:
-        teacher = create_model(
-            source, classes=architecture.classes, in_chans=architecture.in_chans, pretrained=True
-        )
+        teacher = _pretrained(source, architecture, pretrained)
     return _settled(teacher.to(device))
 
 
-def own_teacher(model: nn.Module, architecture: Architecture, path: Path) -> nn.Module:
-    """A full-precision copy of the student as it is now, stored in `path`; what is stored there already goes first."""
+def _pretrained(source: str, architecture: Architecture, pretrained: bool) -> nn.Module:
+    """A network of torchvision (`torchvision/NAME`) or timm, with the classifier its weights were trained with."""
+    library, slash, name = source.rpartition("/")
+    try:
+        if library == "torchvision":
+            from torchvision.models import get_model
+
+            teacher = get_model(name, weights="DEFAULT" if pretrained else None)
+            classes = 1000
+        else:
+            import timm
+
+            if not timm.is_model(source):
+                # the message with the nearest names is that of the student's model
+                create_model(source, classes=architecture.classes, in_chans=architecture.in_chans)
+            teacher = timm.create_model(source, pretrained=pretrained)
+            classes = teacher.num_classes
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        if isinstance(error, RecipeError):
+            raise RecipeError(str(error).replace("model.name", "teacher.source")) from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RecipeError(f"teacher.source: the weights of {source} cannot be had: {reason}") from error
+    if (classes, 3) != (architecture.classes, architecture.in_chans):
+        raise RecipeError(
+            f"teacher.source: {source} has {classes} classes and 3 input channels, "
+            f"the student {architecture.classes} and {architecture.in_chans}"
+        )
+    return teacher
+
+
+def own_teacher(model: nn.Module, architecture: Architecture, path: Path, write: bool = True) -> nn.Module:
+    """A full-precision copy of the student as it is now; what is stored in `path` goes first, else `write` stores it there."""
     teacher = copy.deepcopy(model)
     set_bits(teacher, weight_bits=None, act_bits=None)
     if path.is_file():
         load_weights(teacher, read_weights(path).state, path)
-    else:
+    elif write:
         save_network(path, teacher, architecture, {})
     return _settled(teacher)
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +17,39 @@ import torch
 from torch import Tensor, nn
 
 from profit.aiwq import AIWQMonitor
+from profit.bn import sync_batchnorm
 from profit.calibrate import calibrate_
 from profit.data import create_data
 from profit.decay import aiwq_decay_for, ema_decay_for
+from profit.distributed import agree, average_buffers_, rank, sum_over_ranks, world_size
 from profit.errors import CheckpointError, TrainingError
 from profit.freezing import ProgressiveFreezer, freeze_all, release_all
 from profit.nn.baselines import pact_penalty
-from profit.optim import param_groups, quantizer_parameters
+from profit.optim import param_groups, quantizer_parameters, quantizers
 from profit.quantize import set_bits
 from profit.schedule import Phase
 from profit.train import results as reporting
-from profit.train.checkpoint import prune, rng_state, save_checkpoint, seed_everything, set_rng_state
+from profit.train.checkpoint import load_checkpoint, prune, save_checkpoint, seed_everything
 from profit.train.ema import ModelEma
 from profit.train.files import write_atomic
 from profit.train.loop import Objective, evaluate, train_epoch
 from profit.train.network import architecture_for, build_network, load_weights, network_state, save_network
-from profit.train.progress import Progress, caught_warnings
+from profit.train.processes import distributed_model, process_group
+from profit.train.progress import NoProgress, Progress, caught_warnings
 from profit.train.recipe import Recipe
-from profit.train.runs import CHECKPOINTS, MODEL, RESULTS, TEACHER, device_for, newest_checkpoint, open_run, threads
+from profit.train.runs import (
+    CHECKPOINTS,
+    MODEL,
+    RESULTS,
+    TEACHER,
+    device_for,
+    locked,
+    newest_checkpoint,
+    open_run,
+    threads,
+)
+from profit.train.sharding import epoch_seed, shard
 from profit.train.teacher import load_teacher, own_teacher
-
-KEEP_CHECKPOINTS = 2
 
 
 def train(recipe: Recipe, out_dir: str | Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -48,10 +62,12 @@ def train(recipe: Recipe, out_dir: str | Path, resume: bool = False, quiet: bool
             never interrupted. A finished run returns its results.
         quiet: plain lines instead of progress bars.
 
+    Under torchrun every process calls this with the same arguments; the run folder must be on a file system that all see.
+
     Raises:
         ProfitError: one of its subclasses, with one line that says what is wrong.
     """
-    with threads(recipe.run.threads):
+    with threads(recipe.run.threads), process_group(recipe.run.timeout_s):
         return Trainer(recipe, Path(out_dir), resume, quiet).run()
 
 
@@ -61,12 +77,22 @@ class Trainer:
     def __init__(self, recipe: Recipe, folder: Path, resume: bool, quiet: bool) -> None:
         self.recipe, self.folder, self.resume, self.quiet = recipe, folder, resume, quiet
         self.schedule = recipe.schedule
+        self.rank, self.world = rank(), world_size()
         self.device = device_for(recipe)
+        self.amp = torch.bfloat16 if recipe.run.amp == "bf16" else None
         seed_everything(recipe.run.seed)
-        self.data = create_data(recipe.data, seed=recipe.run.seed, device=self.device)
+        self.data = shard(
+            create_data(recipe.data, seed=recipe.run.seed, device=self.device), batch_size=recipe.data.batch_size,
+            accumulate=recipe.optim.accumulate, rank=self.rank, world=self.world, seed=recipe.run.seed,
+        )  # fmt: skip
         self.architecture = architecture_for(recipe, self.data)
         with caught_warnings() as self.warnings:
             self.model = build_network(recipe, self.architecture, self.device)
+        if recipe.run.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        if recipe.run.sync_bn and self.world > 1:
+            self.model = sync_batchnorm(self.model)
+        self.trained = self.model  # what a training step calls: the model, compiled and wrapped as the phase needs it
         self.teacher = load_teacher(recipe.teacher.source, self.architecture, self.device)
         # ---
         self.phase_index = 0  # the phase to carry on with,
@@ -85,15 +111,18 @@ class Trainer:
         self.run_info = reporting.describe_run(recipe, self.device)
 
     def run(self) -> dict[str, Any]:
-        """All phases that are left, then the final files."""
-        if open_run(self.folder, self.recipe, self.resume):
+        """All phases that are left, then the final files. Process 0 alone writes to the folder; the others do as it found."""
+        with locked(self.folder) if self.rank == 0 else nullcontext():
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        if agree(open_run(self.folder, self.recipe, self.resume) if self.rank == 0 else None):
             return reporting.read(self.folder / RESULTS)
-        state, damaged = newest_checkpoint(self.folder)
+        name, damaged = agree(newest_checkpoint(self.folder) if self.rank == 0 else None)
+        state = load_checkpoint(self.folder / CHECKPOINTS / name) if name else None
         if state is not None:
             self._restore(state)
-        with Progress(
-            self.folder, quiet=self.quiet, tensorboard=self.recipe.run.tensorboard, first_epoch=self._global_epoch()
-        ) as self.progress:
+        with self._progress() as self.progress:
             sections = {
                 "run": self.run_info,
                 "model": reporting.describe_model(self.model, self.architecture),
@@ -102,7 +131,7 @@ class Trainer:
             for line in (reporting.headline(sections, self.schedule, self._global_epoch()), *self.warnings, *damaged):
                 self.progress.line(line)
             if state is None and self.schedule.phases[0].name != "fp":
-                _, self.accuracy_fp = evaluate(self.model, self.data.test)
+                _, self.accuracy_fp = evaluate(self.model, self.data.test, self.amp)
             for phase in self.schedule.phases[self.phase_index :]:
                 self._run_phase(phase, state)
                 state = None
@@ -111,8 +140,6 @@ class Trainer:
     def _run_phase(self, phase: Phase, state: dict[str, Any] | None) -> None:
         """Train one phase, from the epoch where a checkpoint stands if there is a `state`."""
         under_way = self.epoch > 0
-        if state is not None:
-            set_rng_state(state["rng"])
         try:
             with caught_warnings() as found:
                 self._enter_phase(phase, fresh=not under_way)
@@ -134,9 +161,10 @@ class Trainer:
         objective = Objective(self.teacher, self.recipe.teacher.weight, self.recipe.optim.label_smoothing, penalty)
         for _ in range(self.epoch, phase.epochs):
             started = time.perf_counter()
+            seed_everything(epoch_seed(self.recipe.run.seed, self._global_epoch(), self.rank))
             self.data.train.set_epoch(self._global_epoch())
             stats = train_epoch(
-                self.model,
+                self.trained,
                 self.data.train,
                 objective,
                 self.optimizer,
@@ -144,15 +172,20 @@ class Trainer:
                 ema=self.ema,
                 monitor=self.monitor,
                 clip_grad=self.recipe.optim.clip_grad,
+                accumulate=self.recipe.optim.accumulate,
+                amp=self.amp,
                 on_step=self.progress.step,
                 where=f"phase {phase.name}, epoch {self.epoch + 1}",
             )
+            average_buffers_(self.model, *([self.ema.module] if self.ema else []))
+            loss = float(sum_over_ranks(torch.tensor(stats.loss, dtype=torch.float64))) / self.world
+            images_per_s = stats.images_per_s * self.world
             self.epoch += 1
             last = self.epoch == phase.epochs
             every = self.recipe.run.eval_every
-            self._record_epoch(phase, stats.loss, test=last or bool(every and self.epoch % every == 0))
-            self.images_per_s += (stats.images_per_s - self.images_per_s) / self.epoch
-            self.progress.end_epoch(phase, label, self.history[-1], stats.images_per_s, self._global_epoch())
+            self._record_epoch(phase, loss, test=last or bool(every and self.epoch % every == 0))
+            self.images_per_s += (images_per_s - self.images_per_s) / self.epoch
+            self.progress.end_epoch(phase, label, self.history[-1], images_per_s, self._global_epoch())
             spent = time.perf_counter() - started
             self.phase_wall_s, self.wall_s = self.phase_wall_s + spent, self.wall_s + spent
             if last:
@@ -161,28 +194,46 @@ class Trainer:
 
     def _enter_phase(self, phase: Phase, fresh: bool) -> None:
         """Bit widths, what is frozen, a new optimizer, a new average of weights, and the AIWQ hooks."""
+        self.trained = self.model  # the wrapper of the phase before goes, and its hooks with it
         release_all(self.model)
         self._keep_own_teacher(phase)
         set_bits(self.model, weight_bits=phase.weight_bits, act_bits=phase.act_bits)
         if phase.calibrate and fresh:
             settings = self.recipe.calibration
+            own = range(self.rank, settings.batches, self.world) if settings.batches > 0 else ()
             calibrate_(
-                self.model, self.data.calibration, batches=settings.batches, percentile=settings.percentile, mode=settings.mode
-            )
+                self.model, islice(self.data.calibration, len(own)), batches=max(len(own), 1) if settings.batches > 0 else 0,
+                percentile=settings.percentile, mode=settings.mode,
+            )  # fmt: skip
         self.frozen = self._freeze(phase)
+        self.trained = self._wrapped(phase)
         groups = param_groups(self.model, phase.lr, phase.weight_decay, phase.interval_lr_mult)
         optim = self.recipe.optim
         self.optimizer = torch.optim.SGD(
             groups, lr=phase.lr, momentum=optim.momentum, nesterov=optim.nesterov and optim.momentum > 0, foreach=True
         )
-        steps = phase.epochs * len(self.data.train)
+        steps = phase.epochs * (len(self.data.train) // optim.accumulate)
         if self.recipe.ema.enabled:
             decay = self.recipe.ema.decay
             self.ema = ModelEma(self.model, ema_decay_for(max(steps, 1)) if decay is None else decay)
         if phase.kind == "sample":
             settings = self.recipe.aiwq
             decay = aiwq_decay_for(max(steps // settings.every, 1)) if settings.decay is None else settings.decay
-            self.monitor = AIWQMonitor(self.model, mode=settings.mode, every=settings.every, decay=decay)
+            pooled = settings.mode == "corrected" and self.world * optim.accumulate > 1
+            self.monitor = AIWQMonitor(self.model, settings.mode, settings.every, decay, pooled)
+
+    def _wrapped(self, phase: Phase) -> nn.Module:
+        """The model as the steps of this phase call it."""
+        # an interval without a bit width gets no gradient, which DistributedDataParallel would wait for
+        for quantizer in quantizers(self.model):
+            if quantizer.bits is None:
+                quantizer.requires_grad_(False)
+        run, model = self.recipe.run, self.model
+        if run.compile and phase.kind != "sample":
+            torch.compiler.reset()  # compiled code does not look again for bit widths and hooks
+            model = torch.compile(model)
+        unused = run.find_unused_parameters or self.recipe.quant.quantizer != "duq"
+        return distributed_model(model, self.device, unused)
 
     def _freeze(self, phase: Phase) -> list[str]:
         """Stop training what this phase does not train; the names of the layers whose weights are frozen."""
@@ -205,7 +256,7 @@ class Trainer:
         """When quantization begins, the network as it is becomes its own teacher (or the stored copy is read again)."""
         if self.recipe.teacher.source != "self" or self.teacher is not None or phase.act_bits == phase.weight_bits is None:
             return
-        self.teacher = own_teacher(self.model, self.architecture, self.folder / TEACHER)
+        self.teacher = own_teacher(self.model, self.architecture, self.folder / TEACHER, write=self.rank == 0)
 
     def _record_epoch(self, phase: Phase, train_loss: float, test: bool) -> None:
         """Test the model and its average, keep the best of each, and add a row to the history."""
@@ -214,14 +265,14 @@ class Trainer:
             "test_loss": None, "accuracy": None, "accuracy_ema": None,
         }  # fmt: skip
         if test:
-            row["test_loss"], row["accuracy"] = evaluate(self.model, self.data.test)
+            row["test_loss"], row["accuracy"] = evaluate(self.model, self.data.test, self.amp)
             if not math.isfinite(row["test_loss"]):
-                step = len(self.data.train)
+                step = len(self.data.train) // self.recipe.optim.accumulate
                 raise TrainingError(f"the weights became NaN in phase {phase.name}, epoch {self.epoch}, step {step}: "
                                     "try a lower learning rate")  # fmt: skip
             self._keep_best("best", self.model, row["accuracy"], phase)
             if self.ema is not None:
-                _, row["accuracy_ema"] = evaluate(self.ema.module, self.data.test)
+                _, row["accuracy_ema"] = evaluate(self.ema.module, self.data.test, self.amp)
                 self._keep_best("best_ema", self.ema.module, row["accuracy_ema"], phase)
         self.history.append(row)
 
@@ -229,13 +280,15 @@ class Trainer:
         key = f"{name} {phase.bits}"  # an accuracy at 8 bits must not stand in the way of the best at 4
         if accuracy > self.best.get(key, -1.0):
             self.best[key] = accuracy
+            if self.rank:
+                return
             note = {"accuracy": accuracy, "phase": phase.name, "epoch": self.epoch, "bits": phase.bits}
             save_checkpoint(self.folder / CHECKPOINTS / name, {**network_state(model, self.architecture), "note": note})
 
     def _leave_phase(self, phase: Phase, label: str) -> None:
         """Read the AIWQ scores, write results.json, and move on to the next phase."""
         if self.monitor is not None:
-            self.aiwq = reporting.aiwq_section(self.monitor)
+            self.aiwq = agree(reporting.aiwq_section(self.monitor))  # one ranking, to the last bit
             self.monitor.remove()
             self.monitor = None
             self.progress.scores(self.aiwq["scores"], self._global_epoch())
@@ -256,7 +309,8 @@ class Trainer:
             recipe=self.recipe, run=self.run_info, model=self.model, architecture=self.architecture, data=self.data,
             phases=self.phases, aiwq=self.aiwq, frozen_stage=self.frozen_stage, accuracy_fp=self.accuracy_fp,
         )  # fmt: skip
-        write_atomic(self.folder / RESULTS, reporting.to_json(content))
+        if self.rank == 0:
+            write_atomic(self.folder / RESULTS, reporting.to_json(content))
         return content
 
     def _finish(self) -> dict[str, Any]:
@@ -267,19 +321,22 @@ class Trainer:
         set_bits(self.model, weight_bits=last.weight_bits, act_bits=last.act_bits)
         self.run_info["finished"] = True
         content = self._write_results()
+        if self.rank:
+            return content
         write_report(self.folder)
         save_network(self.folder / MODEL, self.model, self.architecture, content["final"])
         return content
 
     def _save_checkpoint(self) -> None:
-        """Everything the next epoch depends on, then drop what is older than the newest two."""
+        """Everything the next epoch depends on, then drop the oldest. What is drawn is a function of seed and epoch."""
+        if self.rank:
+            return
         state = {
             **network_state(self.model, self.architecture),
             "position": {"schedule": {**self.schedule.state_dict(), "position": self.phase_index}, "epoch": self.epoch},
             "history": self.history, "phases": self.phases, "best": self.best, "aiwq": self.aiwq,
             "frozen_stage": self.frozen_stage, "accuracy_fp": self.accuracy_fp, "run": self.run_info,
             "wall_s": self.wall_s, "phase_wall_s": self.phase_wall_s, "images_per_s": self.images_per_s,
-            "rng": rng_state(),
         }  # fmt: skip
         if self.epoch:  # between two phases there is nothing of the phase to keep
             state["optimizer"] = self.optimizer.state_dict()
@@ -287,7 +344,7 @@ class Trainer:
             state["monitor"] = self.monitor.state_dict() if self.monitor else None
         folder = self.folder / CHECKPOINTS
         save_checkpoint(folder / f"epoch-{self._global_epoch():05d}", state)
-        prune(folder, KEEP_CHECKPOINTS)
+        prune(folder, self.recipe.run.keep_checkpoints)
 
     def _restore(self, state: dict[str, Any]) -> None:
         """Model, position and everything measured so far."""
@@ -304,13 +361,18 @@ class Trainer:
         self.run_info = {**self.run_info, "created": state["run"]["created"], "command": state["run"]["command"]}
 
     def _restore_phase(self, state: dict[str, Any]) -> None:
-        """What `_enter_phase` made anew and the phase has changed since; the generators last, as they were then."""
+        """What `_enter_phase` made anew and the phase has changed since."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
             load_weights(self.ema.module, state["ema"], f"the checkpoint of {self.folder}")
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
-        set_rng_state(state["rng"])
+
+    def _progress(self) -> Progress:
+        if self.rank:
+            return NoProgress()
+        tensorboard, epoch = self.recipe.run.tensorboard, self._global_epoch()
+        return Progress(self.folder, quiet=self.quiet, tensorboard=tensorboard, first_epoch=epoch)
 
     def _global_epoch(self) -> int:
         """Epochs of the whole run that are done."""

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import random
 
-import numpy as np
 import pytest
 import torch
 
 from profit.errors import CheckpointError, ProfitError
 from profit.train import load_checkpoint, save_checkpoint
-from profit.train.checkpoint import checkpoints, prune, rng_state, seed_everything, set_rng_state
+from profit.train.checkpoint import checkpoints, prune
 from profit.train.files import write_atomic
 
 
@@ -99,19 +97,3 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path) -> None:
     assert [path.name for path in checkpoints(tmp_path)] == ["epoch-00009", "epoch-00010"]
     assert (tmp_path / "best.json").exists() and not list(tmp_path.glob(".*"))
     assert not (tmp_path / "epoch-00002.safetensors").exists()
-
-
-def test_generators_carry_on_where_they_were(tmp_path) -> None:
-    seed_everything(5)
-    np.random.randn(3)  # leaves a cached second normal number behind
-    random.gauss(0, 1)
-    torch.rand(3)
-    save_checkpoint(tmp_path / "c", rng_state())
-
-    def draw() -> list:
-        return [random.gauss(0, 1), random.random(), *np.random.randn(3), *torch.rand(3).tolist()]
-
-    expected = draw()
-    seed_everything(6)
-    set_rng_state(load_checkpoint(tmp_path / "c"))
-    assert draw() == expected

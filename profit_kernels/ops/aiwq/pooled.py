@@ -1,0 +1,69 @@
+"""AIWQ over several batches or processes: the KL of moments that are pooled first.
+
+A mean of KLs is not the KL of the whole. Where the batch of one iteration is spread over forward passes or processes,
+each gives n, mean and M2 (the sum of squared deviations from its own mean) per channel, and these pool exactly:
+
+    n = sum n_i ;  mean = sum n_i mean_i / n ;  M2 = sum M2_i + sum n_i (mean_i - mean)^2
+
+(Chan, Golub & LeVeque 1983, "Algorithms for computing the sample variance"). Plain PyTorch on any device, float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .op import EPS
+
+ROWS = ("n", "mean_new", "m2_new", "mean_old", "m2_old")
+
+
+@torch.no_grad()
+def aiwq_conv2d_moments(
+    x: Tensor, y_new: Tensor, weight_old: Tensor, bias: Tensor | None = None, *,
+    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+    stride: tuple[int, int] = (1, 1), dilation: tuple[int, int] = (1, 1), groups: int = 1, pad_value: float = 0.0,
+    a_x: Tensor | None = None, c_x: Tensor | None = None, act_bits: int | None = None, signed: bool = False,
+    offset: float = 0.0, activation: str = "none",
+) -> Tensor:  # fmt: skip
+    """What `aiwq_conv2d` compares, as moments that can be pooled.
+
+    Args: as `aiwq_conv2d`, padding as (left, right, top, bottom).
+    Returns: [5, C_out] float64, rows as in `ROWS`.
+    """
+    y_old = reference.old_output(
+        x, y_new, weight_old, bias, list(stride), list(padding), list(dilation), groups, pad_value,
+        a_x, c_x, act_bits, signed, offset, activation,
+    )  # fmt: skip
+    count = y_new.numel() // max(y_new.shape[1], 1)
+    rows = [y_new.new_full((y_new.shape[1],), count, dtype=torch.float64)]
+    for y in (y_new, y_old):
+        mean, variance = reference.moments(y)
+        # of a single value the unbiased variance is NaN, but it adds nothing to a pooled one
+        rows += [mean, variance * (count - 1) if count > 1 else torch.zeros_like(mean)]
+    return torch.stack(rows)
+
+
+def pool_moments(moments: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """Pool [K, 5, C] moments to [5, C]; a part without values (n = 0) holds zeros.
+
+    Args:
+        total: the sum over dimension 0 (of one process), or also over processes: called twice.
+    """
+    n, mean_new, m2_new, mean_old, m2_old = moments.unbind(1)
+    sums = total(torch.stack((n, n * mean_new, n * mean_old), 1))
+    means = sums[1:] / sums[0]
+    deviations = [m2 + torch.where(n > 0, n * (mean - pooled).square(), 0.0)
+                  for m2, mean, pooled in ((m2_new, mean_new, means[0]), (m2_old, mean_old, means[1]))]  # fmt: skip
+    m2 = total(torch.stack(deviations, 1))
+    return torch.stack((sums[0], means[0], m2[0], means[1], m2[1]))
+
+
+def kl_of_pooled(moments: Tensor, eps: float = EPS) -> Tensor:
+    """KL [C], float32, of pooled moments [5, C]; a channel with fewer than two values is NaN."""
+    n, mean_new, m2_new, mean_old, m2_old = moments
+    degrees = torch.where(n > 1, n - 1, float("nan"))
+    return reference.kl_of_moments(mean_new, m2_new / degrees, mean_old, m2_old / degrees, eps)
