@@ -10,6 +10,7 @@ SUITES = {
     "digits": "accuracy on the digits, five folds: W4A4, W3A3, W2A2 with and without PROFIT, calibration alone",
     "static": "every Triton kernel compiled for sm_80, sm_90 and gfx942: registers, spills, access widths",
     "figure6": "which quantizer represents the output of h-swish best (the paper's Figure 6)",
+    "zoo": "which timm and torchvision models convert, and what still works on the converted model",
 }
 
 

@@ -19,6 +19,7 @@ from ..errors import ConversionError
 from . import bounds
 from .bounds import Value
 from .flow import LayerFlow, gate_layers, kind_of
+from .refusal import leave_out, several
 
 _METADATA = frozenset(
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size get_device "
@@ -49,10 +50,13 @@ class _Calls:
 
 
 class Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], decided: Collection[str]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], decided: Collection[str], left_out: Collection[str]
+    ) -> None:
         super().__init__()
         self.values: Any = WeakTensorKeyDictionary()
-        self.layers, self.decided = layers, frozenset(decided)
+        self.layers, self.decided, self.left_out = layers, frozenset(decided), frozenset(left_out)
+        self.hidden: dict[str, str] = {}  # module that uses a learned weight in an operation of its own -> operation
         self.names = {id(m): name for name, m in layers.items()}
         self.weights: dict[int, set[str]] = {}
         for name, module in layers.items():
@@ -165,7 +169,8 @@ class Recorder(TorchFunctionMode):
         value = self.values.get(tensor)
         if value is None:
             constant = id(tensor) in self.constants
-            value = self.values[tensor] = Value(constant=constant, opaque=not constant)
+            learned = constant and isinstance(tensor, nn.Parameter)
+            value = self.values[tensor] = Value(constant=constant, learned=learned, opaque=not constant)
         return value
 
     def _operand(self, leaf: Any) -> Any:
@@ -176,9 +181,11 @@ class Recorder(TorchFunctionMode):
         return leaf
 
     def _find_weight(self, name: str, before: list[tuple[Tensor, Value, int]]) -> None:
-        for tensor, _, _ in before:
+        for tensor, value, _ in before:
             owners = self.weights.get(id(tensor))
             if owners is None:
+                if value.learned and name in bounds.WEIGHT_OPS and tensor.dim() > 1:
+                    self._note_hidden_weight(name)
                 continue
             frame = self.stack[-1] if self.stack else None
             if name in ("conv2d", "linear") and frame is not None and frame.name in owners:
@@ -186,6 +193,12 @@ class Recorder(TorchFunctionMode):
             elif name in bounds.MIXING_OPS:
                 raise ConversionError(f"layer {sorted(owners)[0]!r}: its weight is used by {name!r} outside of the layer's own "
                                       "forward; skip it with overrides or filter_fn")  # fmt: skip
+
+    def _note_hidden_weight(self, name: str) -> None:
+        """A module that convolves or multiplies with a weight without being a Conv2d or Linear: it would stay as it is."""
+        running = [frame.name for frame in self.stack] or [""]
+        if not self.left_out.intersection(running):
+            self.hidden.setdefault(running[-1], name)
 
     def _changed_in_place(self, tensor: Tensor, result: Value) -> None:
         """`tensor` holds `result` now; whatever else shares its memory is not known any more."""
@@ -214,12 +227,19 @@ class Recorder(TorchFunctionMode):
                     flow.squeeze_excite = True
 
     def finish(self) -> list[LayerFlow]:
-        for name, layer in self.layers.items():
-            if name not in self.seen:
-                raise ConversionError(
-                    f"layer {name!r} ({type(layer).__name__}) was not seen in the forward: it did not run in eval mode, or "
-                    f"was not called as a module; leave it out with overrides={{{name!r}: {{'skip': True}}}} or filter_fn"
-                )
+        unseen = [name for name in self.layers if name not in self.seen]
+        if unseen:
+            kind = type(self.layers[unseen[0]]).__name__
+            raise ConversionError(
+                f"{several(unseen, kind)} {'was' if len(unseen) == 1 else 'were'} not seen in the forward: it did not run in eval mode, or was not called as a module; "
+                f"{leave_out(unseen, self.seen)}"
+            )
+        if self.hidden:
+            first, operation = next(iter(self.hidden.items()))
+            raise ConversionError(
+                f"{several(list(self.hidden), operation)}: it uses a weight of its own and is neither a Conv2d nor a Linear, so "
+                f"it would stay in full precision; {leave_out(list(self.hidden), self.seen)}"
+            )
         return [self._flow(name, calls) for name, calls in self.seen.items()]
 
     def _flow(self, name: str, calls: _Calls) -> LayerFlow:
