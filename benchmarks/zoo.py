@@ -1,7 +1,8 @@
 """Which models convert, and what still works on the converted model.
 
 Every model is built with random weights, its BatchNorm statistics settled on generated images, and converted. The table
-says how many layers were converted and what feeds them, how far the 8-bit network is from the full-precision one, and
+says how many layers were converted and what feeds them, how far the 8-bit network is from the full-precision one (a deep
+random network amplifies any noise, so the original network with noise of the size of 8-bit rounding stands beside it), and
 whether everything a user does with a model works on the converted one (the CHECKS below). A model that is refused shows
 its message; where the message names a remedy, the model is converted with it.
 """
@@ -35,22 +36,20 @@ from profit.errors import ProfitError
 from profit.state import apply_quantization_state_, quantization_state
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH, PIXELS = 4, 96
+BATCH, PIXELS = 4, 64
 FULL = DuQConfig(weight_bits=None, act_bits=None, padding="zero")
 
 TIMM = """
-mobilenetv1_100 mobilenetv1_100h mobilenetv1_125 mobilenetv2_050 mobilenetv2_100 mobilenetv2_110d mobilenetv2_140
+mobilenetv1_100 mobilenetv1_125 mobilenetv2_050 mobilenetv2_100 mobilenetv2_140
 mobilenetv3_small_050 mobilenetv3_small_100 mobilenetv3_large_100 mobilenetv3_rw
 tf_mobilenetv3_small_100 tf_mobilenetv3_large_100 tf_mobilenetv3_small_minimal_100
-mobilenetv4_conv_small mobilenetv4_conv_medium mobilenetv4_conv_aa_medium mobilenetv4_conv_blur_medium
-mobilenetv4_hybrid_medium mobilenet_edgetpu_100
+mobilenetv4_conv_small mobilenetv4_conv_medium mobilenetv4_conv_aa_medium mobilenetv4_hybrid_medium mobilenet_edgetpu_100
 mnasnet_050 mnasnet_100 mnasnet_small semnasnet_075 semnasnet_100 spnasnet_100
-efficientnet_b0 efficientnet_b0_gn efficientnet_blur_b0 efficientnet_es efficientnet_lite0 efficientnet_cc_b0_4e
-tf_efficientnet_b0 tf_efficientnet_lite0 tf_efficientnet_es tf_efficientnetv2_b0
-lcnet_050 lcnet_100 lcnetv2_small ghostnet_100 ghostnetv2_100 ghostnetv3_100 repghostnet_050
-fbnetc_100 fbnetv3_b hardcorenas_a hardcorenas_f mixnet_s tf_mixnet_s tinynet_a tinynet_e
-regnetx_002 regnety_002 regnetz_b16 resnet18 resnet18d resnet50 seresnet50 eca_resnet33ts nf_regnet_b0
-rexnet_100 starnet_s1 mobileone_s0 repvgg_a0 mobilevit_xxs densenet121
+efficientnet_b0 efficientnet_b0_gn efficientnet_es efficientnet_lite0 efficientnet_cc_b0_4e
+tf_efficientnet_b0 tf_efficientnet_lite0 tf_efficientnetv2_b0
+lcnet_100 lcnetv2_small ghostnet_100 ghostnetv2_100 fbnetc_100 fbnetv3_b hardcorenas_a mixnet_s tf_mixnet_s tinynet_e
+regnetx_002 regnety_002 regnetz_b16 resnet18 resnet18d resnet50 eca_resnet33ts nf_regnet_b0
+rexnet_100 starnet_s1 repvgg_a0 mobilevit_xxs densenet121
 """.split()
 TORCHVISION = """
 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5 mnasnet1_0 efficientnet_b0 regnet_x_400mf regnet_y_400mf
@@ -60,7 +59,6 @@ MODELS = (*(f"timm/{name}" for name in TIMM), *(f"torchvision/{name}" for name i
 # What the refusals say to do, as patterns to skip.
 REMEDIES = {
     "timm/eca_resnet33ts": ("*.attn.conv",),
-    "timm/efficientnet_cc_b0_4e": ("*",),
     "torchvision/googlenet": ("aux1.*", "aux2.*"),
     "torchvision/inception_v3": ("AuxLogits.*",),
 }
@@ -81,6 +79,7 @@ class Row:
     fused: int = 0
     full_precision_error: float | None = None
     eight_bit_error: float | None = None
+    noise_error: float | None = None
     worst_layer: tuple[str, float] | None = None
     checks: dict[str, str] = field(default_factory=dict)
     convert_s: float = 0.0
@@ -159,6 +158,25 @@ def worst_layer(model: nn.Module, x: Tensor) -> tuple[str, float]:
     for handle in handles:
         handle.remove()
     return max(errors.items(), key=lambda item: item[1])
+
+
+@torch.no_grad()
+def with_rounding_noise(original: nn.Module, table: Any, x: Tensor) -> Tensor:
+    """Logits of the unconverted network where weights and inputs of the converted layers carry uniform noise of one 8-bit
+    step: the yardstick for the error of the quantized network, computed without any quantizer."""
+    model, generator = copy.deepcopy(original), torch.Generator().manual_seed(0)
+
+    def noisy(tensor: Tensor, steps: int) -> Tensor:
+        noise = torch.rand(tensor.shape, generator=generator) - 0.5
+        return tensor + noise * (tensor.max() - min(float(tensor.min()), 0.0) if steps == 255 else tensor.abs().max()) / steps
+
+    for row in table:
+        layer = model.get_submodule(row.name)
+        layer.weight.copy_(noisy(layer.weight, 127))
+        if row.kind != "raw":
+            steps = 127 if row.kind == "signed" else 255
+            layer.register_forward_pre_hook(lambda layer, args, steps=steps: (noisy(args[0], steps), *args[1:]))
+    return model(x)
 
 
 # ---- checks: on a calibrated W4A4 model in eval mode; each returns "" or what went wrong ---------------------------
@@ -292,6 +310,7 @@ def examine(model_name: str, checks: Sequence[str] = tuple(CHECKS)) -> Row:
     model = build(model_name)
     x = images(BATCH, LARGER.get(model_name, PIXELS), seed=0)
     settle(model, x)
+    original = copy.deepcopy(model)
     with torch.no_grad():
         expected = model(x)
     try:
@@ -306,10 +325,11 @@ def examine(model_name: str, checks: Sequence[str] = tuple(CHECKS)) -> Row:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a dead squeeze-and-excite of a random network has no range
         row.full_precision_error = relative(model(x), expected)
-        calibrate_(model, [x], batches=1)
+        calibrate_(model, [x], batches=1, percentile="max")
         row.worst_layer = worst_layer(model, x)
         set_bits(model, 8, 8)
         row.eight_bit_error = relative(model(x), expected)
+        row.noise_error = relative(with_rounding_noise(original, table, x), expected)
         set_bits(model, 4, 4)
     for name in checks:
         try:
@@ -338,14 +358,14 @@ def _converted(model: nn.Module, x: Tensor, row: Row) -> Any:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table of converted models, then the refusals."""
-    heads = ("model", "layers", "raw/unsigned/offset/signed", "ranked", "fused", "8 bits, logits", "8 bits, worst layer",
-             *CHECKS, "conversion s")  # fmt: skip
+    heads = ("model", "layers", "raw/unsigned/offset/signed", "ranked", "fused", "8 bits, logits", "noise, logits",
+             "8 bits, worst layer", *CHECKS, "conversion s")  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
     for row in rows:
         if row.converted:
             cells = [
                 row.model + (" (with the remedy)" if row.remedy else ""), row.layers, "/".join(map(str, row.kinds)),
-                row.ranked, row.fused, f"{row.eight_bit_error:.1%}", f"{row.worst_layer[1]:.1%}",
+                row.ranked, row.fused, f"{row.eight_bit_error:.1%}", f"{row.noise_error:.1%}", f"{row.worst_layer[1]:.1%}",
                 *("-" if name not in row.checks else "no" if row.checks[name] else "yes" for name in CHECKS), row.convert_s,
             ]  # fmt: skip
             lines.append("| " + " | ".join(map(str, cells)) + " |")
@@ -375,7 +395,17 @@ def main(argv: Sequence[str]) -> int:
     if not chosen:
         print(f"error: no model of the zoo matches {' '.join(options.models)}", file=sys.stderr)
         return 2
-    start, commit, rows = time.perf_counter(), git_commit(), {}
+    start, rows = time.perf_counter(), {}
+    content = {
+        "suite": "zoo",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "versions": versions(),
+        "processor": processor(),
+        "jobs": options.jobs,
+        "images": {"batch": BATCH, "pixels": PIXELS, "larger": LARGER},
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=8) as pool:
         waiting = {pool.submit(_in_process, model, options.checks): model for model in chosen}
         for done in as_completed(waiting):
@@ -383,19 +413,9 @@ def main(argv: Sequence[str]) -> int:
             state = "refused" if not row.converted else f"{row.layers} layers, 8 bits {row.eight_bit_error:.1%}"
             problems = "".join(f"; {name}: {row.checks[name]}" for name in row.failed)
             print(f"[{len(rows)}/{len(chosen)}] {row.model}: {state}, {row.wall_s:.0f} s{problems}", flush=True)
+            found = [asdict(rows[model]) for model in chosen if model in rows]
+            content.update(wall_s=round(time.perf_counter() - start, 1), models=found)
+            write_atomic(options.out, json.dumps(content, indent=1) + "\n")
     ordered = [rows[model] for model in chosen]
-    content = {
-        "suite": "zoo",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": commit,
-        "versions": versions(),
-        "processor": processor(),
-        "jobs": options.jobs,
-        "wall_s": round(time.perf_counter() - start, 1),
-        "images": {"batch": BATCH, "pixels": PIXELS, "larger": LARGER},
-        "models": [asdict(row) for row in ordered],
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.out, json.dumps(content, indent=1) + "\n")
     print("\n" + markdown(ordered))
     return int(any(row.failed for row in ordered))

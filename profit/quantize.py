@@ -138,19 +138,19 @@ def _layers_to_convert(model: nn.Module, config: DuQConfig, left_out: Collection
         elif isinstance(module, nn.modules.conv._ConvNd):
             other[name] = module
     if other:
-        names = list(other)
-        kind = type(other[names[0]]).__name__
-        raise ConversionError(f"{several(names, kind)}: Conv2d and Linear are supported, {kind} is not; "
-                              f"{leave_out(names, layers)}")  # fmt: skip
+        names, kinds = list(other), [type(module).__name__ for module in other.values()]
+        raise ConversionError(f"{several(names, kinds)}: Conv2d and Linear are supported, {kinds[0]} is not; "
+                              f"{leave_out(names, kinds, layers)}")  # fmt: skip
     if "" in layers:
         raise ConversionError("the model is a single layer, which cannot be replaced in place: wrap it in nn.Sequential")
     for name, module in layers.items():
         check_own_parameters(module, name)
     odd = [name for name, module in layers.items() if _has_own_forward(module)]
     if odd:
-        kind, base = (cls.__name__ for cls in type(layers[odd[0]]).__mro__[:2])
-        raise ConversionError(f"{several(odd, kind)}: a {base} with a forward of its own, which conversion would replace; "
-                              f"{leave_out(odd, [name for name in layers if name not in odd])}")  # fmt: skip
+        kinds = [type(layers[name]).__name__ for name in odd]
+        base = "Conv2d" if isinstance(layers[odd[0]], nn.Conv2d) else "Linear"
+        raise ConversionError(f"{several(odd, kinds)}: a {base} with a forward of its own, which conversion would replace; "
+                              f"{leave_out(odd, kinds, [name for name in layers if name not in odd])}")  # fmt: skip
     _check_patterns(model, config)
     if not layers:
         raise ConversionError("the model has no convolution or linear layer to quantize")

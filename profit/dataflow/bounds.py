@@ -26,7 +26,8 @@ class Value:
 
     `activation(source)` is this value where both are set. `raw`: the model's input, up to shape, scale and
     normalisation. `opaque`: computed where nothing can be seen (scripted function, custom autograd function).
-    `learned`: a constant that holds or is computed from a parameter. `layer` is set on the direct output of a traced layer, `producer` names the module that computed the activation.
+    `learned`: a constant that is or comes from a parameter. `layer` is set on the direct output of a traced layer,
+    `producer` names the module that computed the activation.
     `readers` holds a layer name for a read by that layer and an integer for any other operation.
     """
 

@@ -56,7 +56,7 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.values: Any = WeakTensorKeyDictionary()
         self.layers, self.decided, self.left_out = layers, frozenset(decided), frozenset(left_out)
-        self.hidden: dict[str, str] = {}  # module that uses a learned weight in an operation of its own -> operation
+        self.hidden: dict[str, tuple[str, str]] = {}  # module that uses a weight in an operation of its own -> class, operation
         self.names = {id(m): name for name, m in layers.items()}
         self.weights: dict[int, set[str]] = {}
         for name, module in layers.items():
@@ -196,9 +196,8 @@ class Recorder(TorchFunctionMode):
 
     def _note_hidden_weight(self, name: str) -> None:
         """A module that convolves or multiplies with a weight without being a Conv2d or Linear: it would stay as it is."""
-        running = [frame.name for frame in self.stack] or [""]
-        if not self.left_out.intersection(running):
-            self.hidden.setdefault(running[-1], name)
+        if self.stack and not self.left_out.intersection(frame.name for frame in self.stack):
+            self.hidden.setdefault(self.stack[-1].name, (type(self.stack[-1].module).__name__, name))
 
     def _changed_in_place(self, tensor: Tensor, result: Value) -> None:
         """`tensor` holds `result` now; whatever else shares its memory is not known any more."""
@@ -229,16 +228,16 @@ class Recorder(TorchFunctionMode):
     def finish(self) -> list[LayerFlow]:
         unseen = [name for name in self.layers if name not in self.seen]
         if unseen:
-            kind = type(self.layers[unseen[0]]).__name__
+            kinds = [type(self.layers[name]).__name__ for name in unseen]
             raise ConversionError(
-                f"{several(unseen, kind)} {'was' if len(unseen) == 1 else 'were'} not seen in the forward: it did not run in eval mode, or was not called as a module; "
-                f"{leave_out(unseen, self.seen)}"
+                f"{several(unseen, kinds)} {'was' if len(unseen) == 1 else 'were'} not seen in the forward: not run in eval mode, "
+                f"or not called as a module; {leave_out(unseen, kinds, self.seen)}"
             )
         if self.hidden:
-            first, operation = next(iter(self.hidden.items()))
+            names, kinds = list(self.hidden), [kind for kind, _ in self.hidden.values()]
             raise ConversionError(
-                f"{several(list(self.hidden), operation)}: it uses a weight of its own and is neither a Conv2d nor a Linear, so "
-                f"it would stay in full precision; {leave_out(list(self.hidden), self.seen)}"
+                f"{several(names, kinds)}: a {self.hidden[names[0]][1]} with a weight outside of Conv2d and Linear, which would "
+                f"stay in full precision; {leave_out(names, kinds, self.seen)}"
             )
         return [self._flow(name, calls) for name, calls in self.seen.items()]
 

@@ -8,21 +8,22 @@ from fnmatch import fnmatchcase
 _SHOWN = 4  # patterns; more of them and the list helps less than filter_fn
 
 
-def several(names: Sequence[str], kind: str) -> str:
-    """"layer 'a' (Conv1d)", or with "and 3 more layers" behind it."""
+def several(names: Sequence[str], kinds: Sequence[str]) -> str:
+    """"layer 'a' (Conv1d)", or with "and 3 more layers" behind it; `kinds` are the class names."""
     more = len(names) - 1
-    name = repr(names[0]) if names[0] else "the model itself"
+    name = f"layer {names[0]!r}" if names[0] else "the model itself"
     tail = f" and {more} more layer{'s' * (more > 1)}" if more else ""
-    return f"layer {name} ({kind}){tail}"
+    return f"{name} ({kinds[0]}){tail}"
 
 
-def leave_out(names: Sequence[str], others: Collection[str]) -> str:
+def leave_out(names: Sequence[str], kinds: Sequence[str], others: Collection[str]) -> str:
     """"leave it out with overrides={...} or filter_fn": patterns that match all of `names` and none of `others`."""
-    patterns = skip_patterns(names, others)
-    if len(patterns) > _SHOWN:
-        return "leave them out with filter_fn"
-    settings = ", ".join(f"{pattern!r}: {{'skip': True}}" for pattern in patterns)
-    return f"leave {'it' if len(names) == 1 else 'them'} out with overrides={{{settings}}} or filter_fn"
+    them, patterns = "it" if len(names) == 1 else "them", skip_patterns(names, others)
+    if len(patterns) <= _SHOWN:
+        settings = ", ".join(f"{pattern!r}: {{'skip': True}}" for pattern in patterns)
+        return f"leave {them} out with overrides={{{settings}}} or filter_fn"
+    condition = f"=lambda module, name: type(module).__name__ != {kinds[0]!r}" if len(set(kinds)) == 1 else ""
+    return f"leave {them} out with filter_fn{condition}"
 
 
 def skip_patterns(names: Sequence[str], others: Collection[str]) -> list[str]:

@@ -41,8 +41,9 @@ def trace(
     The model is left as it was: training flags, buffers of BatchNorm, hooks.
 
     Raises:
-        ConversionError: a layer did not run or its weight was used in an unknown way; a module that is no layer convolves or
-            multiplies with a weight; a layer is fed two kinds of input; what feeds it cannot be seen; the forward fails on `example_inputs`.
+        ConversionError: a layer did not run or its weight was used in an unknown way; another module convolves or multiplies
+            with a weight; a layer is fed two kinds of input; what feeds it cannot be seen; the forward fails on
+            `example_inputs`.
     """
     if layers is None:
         layers = {name: m for name, m in model.named_modules() if is_layer(m)}

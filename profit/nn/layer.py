@@ -175,7 +175,7 @@ def check_own_parameters(layer: nn.Module, name: str) -> None:
     weight = layer._parameters.get("weight")
     if weight is None:
         raise ConversionError(
-            f"{where}: its weight is computed (weight or spectral norm, parametrization); fold that into the weight first, with "
+            f"{where}: its weight is computed (weight or spectral norm, parametrization); fold that into the weight first: "
             "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') or remove_weight_norm(layer)"
         )
     if isinstance(weight, nn.parameter.UninitializedParameter):
