@@ -230,14 +230,14 @@ class Recorder(TorchFunctionMode):
         if unseen:
             kinds = [type(self.layers[name]).__name__ for name in unseen]
             raise ConversionError(
-                f"{several(unseen, kinds)} {'was' if len(unseen) == 1 else 'were'} not seen in the forward: not run in eval mode, "
-                f"or not called as a module; {leave_out(unseen, kinds, self.seen)}"
+                f"{several(unseen, kinds)} {'was' if len(unseen) == 1 else 'were'} not seen in the forward: not run in eval "
+                f"mode, or not called as a module; {leave_out(unseen, kinds, self.seen)}"
             )
         if self.hidden:
             names, kinds = list(self.hidden), [kind for kind, _ in self.hidden.values()]
             raise ConversionError(
-                f"{several(names, kinds)}: a {self.hidden[names[0]][1]} with a weight outside of Conv2d and Linear, which would "
-                f"stay in full precision; {leave_out(names, kinds, self.seen)}"
+                f"{several(names, kinds)}: a {self.hidden[names[0]][1]} with a weight outside of Conv2d and Linear, which "
+                f"would stay in full precision; {leave_out(names, kinds, self.seen)}"
             )
         return [self._flow(name, calls) for name, calls in self.seen.items()]
 
