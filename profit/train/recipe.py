@@ -43,6 +43,7 @@ class DataRecipe:
         folds, fold: stratified folds; fold number `fold` (from 0) is the test set.
         shift: largest random shift of a training image in pixels.
         limit: keep at most this many training and test images.
+        on_error: `refuse` stops at an image that cannot be read, `skip` leaves it out and counts it (image folders).
         in_chans, train_split, test_split, classes, workers, download, mean, std, crop_pct, interpolation, hflip,
         color_jitter, auto_augment, scale: see `profit.data.timm_data.timm_data`.
     """
@@ -56,6 +57,7 @@ class DataRecipe:
     fold: int = 0
     shift: int = 0
     limit: int | None = None
+    on_error: Literal["refuse", "skip"] = "refuse"
     in_chans: int = 3
     train_split: str = "train"
     test_split: str = "val"

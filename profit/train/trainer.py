@@ -82,6 +82,7 @@ class Trainer:
         self.accuracy_fp: float | None = None
         self.wall_s = self.phase_wall_s = 0.0
         self.images_per_s = 0.0
+        self.unreadable: set[str] = set()
         self.run_info = reporting.describe_run(recipe, self.device)
 
     def run(self) -> dict[str, Any]:
@@ -153,6 +154,7 @@ class Trainer:
             self._record_epoch(phase, stats.loss, test=last or bool(every and self.epoch % every == 0))
             self.images_per_s += (stats.images_per_s - self.images_per_s) / self.epoch
             self.progress.end_epoch(phase, label, self.history[-1], stats.images_per_s, self._global_epoch())
+            self._tell_of_unreadable()
             spent = time.perf_counter() - started
             self.phase_wall_s, self.wall_s = self.phase_wall_s + spent, self.wall_s + spent
             if last:
@@ -224,6 +226,13 @@ class Trainer:
                 _, row["accuracy_ema"] = evaluate(self.ema.module, self.data.test)
                 self._keep_best("best_ema", self.ema.module, row["accuracy_ema"], phase)
         self.history.append(row)
+
+    def _tell_of_unreadable(self) -> None:
+        """A line for every image that was left out for the first time."""
+        for file in self.data.unreadable():
+            if file not in self.unreadable:
+                self.unreadable.add(file)
+                self.progress.line(f"warning: left out {file!r}, which cannot be read ({len(self.unreadable)} so far)")
 
     def _keep_best(self, name: str, model: nn.Module, accuracy: float, phase: Phase) -> None:
         key = f"{name} {phase.bits}"  # an accuracy at 8 bits must not stand in the way of the best at 4

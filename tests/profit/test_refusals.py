@@ -23,7 +23,7 @@ def dead(model):
 REFUSED = {
     "nothing to convert": (lambda: nn.Sequential(nn.ReLU()), {}, ConversionError, "no convolution or linear layer"),
     "a layer itself": (lambda: nn.Conv2d(3, 4, 1), {}, ConversionError, "nn.Sequential"),
-    "Conv1d": (lambda: Between(lambda net, y: y, c=nn.Conv1d(1, 1, 1)), {}, ConversionError, "'c' .Conv1d.*leave it out.*'c': "),
+    "Conv1d": (lambda: Between(lambda net, y: y, c=nn.Conv1d(1, 1, 1)), {}, ConversionError, "'c' .Conv1d.*leave it out"),
     "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 1)), {}, ConversionError, "ConvTranspose2d is not"),
     "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 1)), {}, ConversionError, "'0' .LazyConv2d.: a lazy layer"),
     "weight norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))), {}, ConversionError,
