@@ -406,7 +406,7 @@ def main(argv: Sequence[str]) -> int:
         "images": {"batch": BATCH, "pixels": PIXELS, "larger": LARGER},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         waiting = {pool.submit(_in_process, model, options.checks): model for model in chosen}
         for done in as_completed(waiting):
             row = rows[waiting[done]] = done.result()

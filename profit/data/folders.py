@@ -162,7 +162,7 @@ def read_image(path: str, mode: str) -> Image.Image:
                 image = Image.open(file)
                 if image.mode in ("F", "I"):
                     wide = "floating-point" if image.mode == "F" else "32-bit"
-                    raise DataError(f"cannot read the image {_shown(path)}: its pixels are {wide} numbers; convert it to 8 bits")
+                    raise DataError(f"cannot read the image {_shown(path)}: it holds {wide} numbers; convert it to 8 bits")
                 if image.mode.startswith("I;16"):  # Pillow would clip at 255: all white
                     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
                 return image.convert(mode)

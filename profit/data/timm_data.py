@@ -117,10 +117,16 @@ def timm_data(
     }
     if on_error == "skip":
         common["collate_fn"] = SkippingCollate(fast_collate if common["use_prefetcher"] else default_collate)
-    train = create_loader(
-        train_set, batch_size=min(batch_size, len(train_set)), is_training=True, hflip=hflip,
-        color_jitter=None if plain else color_jitter, auto_augment=auto_augment, scale=scale, **common,
-    )  # fmt: skip
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != in_chans:
+            raise DataError(f"data.{key} must hold {in_chans} numbers, one per channel, got {list(values)}")
+    try:
+        train = create_loader(
+            train_set, batch_size=min(batch_size, len(train_set)), is_training=True, hflip=hflip,
+            color_jitter=None if plain else color_jitter, auto_augment=auto_augment, scale=scale, **common,
+        )  # fmt: skip
+    except (AssertionError, ValueError, KeyError) as error:
+        raise DataError(f"timm cannot augment with data.auto_augment={auto_augment!r}: {error}") from None
     test = create_loader(test_set, batch_size=eval_batch_size, crop_pct=crop_pct, **common)
     calibration = create_loader(fixed_set, batch_size=batch_size, crop_pct=crop_pct, **common)
     return DataBundle(

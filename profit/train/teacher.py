@@ -33,10 +33,23 @@ def load_teacher(source: str | None, architecture: Architecture, device: torch.d
     elif source.endswith(".safetensors") or source.startswith((".", "/")):
         raise RecipeError(f"teacher.source: there is no file or folder {source}")
     else:
+        _check_classes(source, architecture)
         teacher = create_model(
-            source, classes=architecture.classes, in_chans=architecture.in_chans, pretrained=True
+            source, classes=architecture.classes, in_chans=architecture.in_chans, pretrained=True, setting="teacher.source"
         )
     return _settled(teacher.to(device))
+
+
+def _check_classes(source: str, architecture: Architecture) -> None:
+    """timm gives a pretrained network of another number of classes a new, random head: no teacher."""
+    import timm
+
+    pretrained = timm.get_pretrained_cfg(source) if timm.is_model(source) else None
+    if pretrained is not None and pretrained.num_classes != architecture.classes:
+        raise RecipeError(
+            f"teacher.source: the weights of {source} are for {pretrained.num_classes} classes, the student has "
+            f"{architecture.classes}; train a teacher on these data and name its run folder"
+        )
 
 
 def own_teacher(model: nn.Module, architecture: Architecture, path: Path) -> nn.Module:
