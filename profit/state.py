@@ -76,7 +76,7 @@ def apply_quantization_state_(model: nn.Module, state: Mapping[str, Any]) -> Lay
         source = _find(model, name, values)
         try:
             layer = _build(name, source, values)
-        except (KeyError, TypeError, ValueError, ConversionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ConversionError) as error:
             raise CheckpointError(f"quantization state of layer {name!r} is damaged: {error}") from error
         layer.order, layer.config = order, config
         swaps[source] = layer
@@ -94,7 +94,7 @@ def apply_quantization_state_(model: nn.Module, state: Mapping[str, Any]) -> Lay
 def _submodule(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
-    except AttributeError:
+    except (AttributeError, TypeError):
         raise CheckpointError(
             f"the model has no module {name!r}: the quantization state is of another architecture"
         ) from None

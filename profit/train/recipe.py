@@ -20,6 +20,8 @@ class ModelRecipe:
         name: `digits_mobilenetv3` or a timm model name.
         pretrained: start from timm's weights.
         init: a .safetensors file to start from: a model.safetensors of a run, or plain weights of this architecture.
+        init_allow: names or shell patterns (`classifier.*`) of tensors that `init` may lack, have in addition or hold in
+            another shape; the network keeps its own there.
         classes: number of outputs; None takes the data's, another number than the data's is refused.
         args: further keyword arguments of the model.
     """
@@ -27,6 +29,7 @@ class ModelRecipe:
     name: str = "digits_mobilenetv3"
     pretrained: bool = False
     init: str | None = None
+    init_allow: tuple[str, ...] = ()
     classes: int | None = None
     args: dict[str, Any] = field(default_factory=dict)
 
