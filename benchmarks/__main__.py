@@ -19,6 +19,7 @@ SUITES = {
     "processes": "2 and 4 processes against 1: ranking, frozen sets, losses",
     "kills": "kill -9 at random moments and inside checkpoint writes, resume, compare the weights",
     "figure6": "which quantizer represents the output of h-swish best (the paper's Figure 6)",
+    "zoo": "which timm and torchvision models convert, and what still works on the converted model",
 }
 # Suites that measure time: they run in a process whose allocator is tuned (benchmarks/timing.py says why).
 TIMED = ("ops", "step", "aiwq")

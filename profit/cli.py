@@ -101,6 +101,7 @@ def evaluate(
     print(
         f"{result['weights']} ({result['bits']}): accuracy {result['accuracy']:.2f}%, loss {result['loss']:.4f} "
         f"on {result['images']} test images of {result['data']}"
+        + (f" ({result['unreadable']} unreadable left out)" if result["unreadable"] else "")
     )
 
 

@@ -135,6 +135,14 @@ class DuQConfig:
             skip=merged.get("skip", False),
         )
 
+    def difference(self, other: DuQConfig) -> str:
+        """The first value in which `other` differs, as "with padding='zero', not 'negative'" (`other`'s first)."""
+        for name in self.__dataclass_fields__:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                return f"with {name}={theirs!r}, not {ours!r}"
+        return "alike"
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict; :meth:`from_dict` is its inverse."""
         out = asdict(self)

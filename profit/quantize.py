@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -16,6 +16,7 @@ from torch import nn
 from .blocks import norm_to_defer
 from .config import ACTIVATIONS, DuQConfig, check_bits
 from .dataflow import LayerFlow, is_layer, trace
+from .dataflow.refusal import leave_out, several
 from .errors import CalibrationError, ConversionError
 from .nn import DeferredBatchNorm, QuantConv2d, QuantLayer, QuantLinear, weight_batch
 from .nn.conv import is_same_padded
@@ -38,6 +39,8 @@ def quantize_(
 ) -> LayerTable:
     """Replace every Conv2d and Linear of `model` by its quantized counterpart, in place.
 
+    On a model that was converted with the same `config` this changes nothing and returns its layer table.
+
     The kind of each layer's input follows from the data flow (:func:`profit.dataflow.trace`). Parameters stay the same
     objects, so an optimizer built before keeps working; their names stay too. After conversion run `calibrate_` (unless
     act_bits is None) before the first forward.
@@ -59,13 +62,16 @@ def quantize_(
         ConversionError: the model, or one named layer, cannot be converted. The model is unchanged then.
         CalibrationError: a layer whose weights are all zero or not finite. The model is unchanged then.
     """
-    config = DuQConfig() if config is None else config
+    config = asked = DuQConfig() if config is None else config
+    left_out = {name for name, module in model.named_modules() if _is_left_out(module, name, config, filter_fn)}
+    if _is_converted(model, config, left_out):
+        return layer_table(model)
     if example_inputs is None:
         raise TypeError("quantize_ needs example_inputs: one batch for a forward that shows what feeds each layer")
-    layers = _layers_to_convert(model, config, filter_fn)
+    layers = _layers_to_convert(model, config, left_out)
     settings = {name: config.for_layer(name) for name in layers}
     decided = [name for name, s in settings.items() if s.kind is not None or s.offset is not None]
-    flows = trace(model, example_inputs, layers=layers, decided=decided)
+    flows = trace(model, example_inputs, layers=layers, decided=decided, left_out=left_out)
 
     config = _with_edge_bits(config, flows)
     swaps: dict[nn.Module, nn.Module] = {}
@@ -80,6 +86,7 @@ def quantize_(
             ranked=flow.followed_by_bn is not None and isinstance(source, nn.Conv2d),
         )  # fmt: skip
         layer.macs, layer.order, layer.batch_norm = flow.macs, order, flow.followed_by_bn or ""
+        layer.config = asked
         swaps[source] = layer
         if producer is not None:
             layer.fused_from = flow.producer
@@ -94,49 +101,85 @@ def quantize_(
     return layer_table(model)
 
 
-def _layers_to_convert(model: nn.Module, config: DuQConfig, filter_fn: FilterFn | None) -> dict[str, nn.Module]:
+def _is_left_out(module: nn.Module, name: str, config: DuQConfig, filter_fn: FilterFn | None) -> bool:
+    return config.for_layer(name).skip or (filter_fn is not None and not filter_fn(module, name))
+
+
+def _is_converted(model: nn.Module, config: DuQConfig, left_out: Collection[str]) -> bool:
+    """Whether `model` is already what this call would make of it.
+
+    Raises:
+        ConversionError: it is converted, but partly, or with another config (the first difference is named).
+    """
+    layers = quant_layers(model)
+    if not layers:
+        return False
+    advice = "use set_bits for other bit widths, or convert a fresh model"
+    for name, layer in layers.items():
+        if layer.config != config:
+            difference = config.difference(layer.config) if layer.config else "in a way that is not recorded"
+            raise ConversionError(f"the model is converted already (layer {name!r}), {difference}; {advice}")
+    for name, module in model.named_modules():
+        if is_layer(module) and name not in left_out and name not in layers:
+            raise ConversionError(f"the model is converted already, but layer {name!r} is not; {advice}")
+    return True
+
+
+def _layers_to_convert(model: nn.Module, config: DuQConfig, left_out: Collection[str]) -> dict[str, nn.Module]:
     """Name -> layer, after every refusal that needs no forward."""
     layers: dict[str, nn.Module] = {}
-    names: list[str] = []
+    other: dict[str, nn.Module] = {}  # convolutions that are no Conv2d
     for name, module in model.named_modules():
-        if isinstance(module, QuantLayer):
-            raise ConversionError(
-                f"the model is converted already (layer {name!r}): use set_bits, or convert a fresh model"
-            )
         if type(module).__name__ == "OptimizedModule":
             raise ConversionError(f"{name or 'the model'} is compiled: convert the model first, then torch.compile it")
         if isinstance(module, torch.jit.ScriptModule) and any(p.dim() > 1 for p in module.parameters()):
             raise ConversionError(
                 f"{name or 'the model'} is scripted, so its layers cannot be replaced; build it unscripted"
             )
-        if not isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        if name in left_out:
             continue
-        names.append(name)
-        if config.for_layer(name).skip or (filter_fn is not None and not filter_fn(module, name)):
-            continue
-        if not is_layer(module):
-            raise ConversionError(
-                f"layer {name!r}: {type(module).__name__} is not supported (Conv2d and Linear are); "
-                f"leave it in full precision with overrides={{{name!r}: {{'skip': True}}}} or filter_fn"
-            )
-        if name == "":
-            raise ConversionError(
-                "the model is a single layer, which cannot be replaced in place: wrap it in nn.Sequential"
-            )
+        if is_layer(module):
+            layers[name] = module
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            other[name] = module
+    if other:
+        names, kinds = list(other), [type(module).__name__ for module in other.values()]
+        raise ConversionError(f"{several(names, kinds)}: Conv2d and Linear are supported, {kinds[0]} is not; "
+                              f"{leave_out(names, kinds, layers)}")  # fmt: skip
+    if "" in layers:
+        raise ConversionError("the model is a single layer, which cannot be replaced in place: wrap it in nn.Sequential")
+    for name, module in layers.items():
         check_own_parameters(module, name)
-        if isinstance(module, nn.Conv2d):
-            is_same_padded(module, name)
-        else:
-            check_plain_linear(module, name)
-        layers[name] = module
-    for pattern in config.overrides:
-        if not any(pattern == name or fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
-            hint = f"; the nearest name is {near[0]!r}" if near else ""
-            raise ConversionError(f"overrides: no layer is called {pattern!r}{hint}")
+    odd = [name for name, module in layers.items() if _has_own_forward(module)]
+    if odd:
+        kinds = [type(layers[name]).__name__ for name in odd]
+        base = "Conv2d" if isinstance(layers[odd[0]], nn.Conv2d) else "Linear"
+        raise ConversionError(f"{several(odd, kinds)}: a {base} with a forward of its own, which conversion would replace; "
+                              f"{leave_out(odd, kinds, [name for name in layers if name not in odd])}")  # fmt: skip
+    _check_patterns(model, config)
     if not layers:
         raise ConversionError("the model has no convolution or linear layer to quantize")
     return layers
+
+
+def _has_own_forward(layer: nn.Module) -> bool:
+    try:
+        is_same_padded(layer) if isinstance(layer, nn.Conv2d) else check_plain_linear(layer)
+    except ConversionError:
+        return True
+    return False
+
+
+def _check_patterns(model: nn.Module, config: DuQConfig) -> None:
+    """Every override names a layer; one that skips may name any module, for it may hold a weight of its own."""
+    modules = dict(model.named_modules())
+    names = [name for name, module in modules.items() if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear))]
+    for pattern, settings in config.overrides.items():
+        candidates = modules if settings.get("skip") else names
+        if not any(pattern == name or fnmatchcase(name, pattern) for name in candidates):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+            hint = f"; the nearest name is {near[0]!r}" if near else ""
+            raise ConversionError(f"overrides: no layer is called {pattern!r}{hint}")
 
 
 def _with_edge_bits(config: DuQConfig, flows: list[LayerFlow]) -> DuQConfig:

@@ -149,8 +149,8 @@ class PhaseSchedule:
             raise ValueError(f"stages must be at least 1, got {self.stages}")
         for name in ("lr", "fp_lr"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
         if self.warmup_epochs < 0 or not 0 <= self.warmup_factor <= 1 or not 0 <= self.min_lr_factor <= 1:
             raise ValueError("warmup_epochs must be >= 0, warmup_factor and min_lr_factor within 0..1")
         if self.freeze not in ("weights", "weights+intervals"):

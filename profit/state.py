@@ -27,7 +27,10 @@ def quantization_state(model: nn.Module) -> dict[str, Any]:
     layers = quant_layers(model)
     if not layers:
         raise ConversionError("the model has no quantized layer: convert it with quantize_ first")
-    return {"format": FORMAT, "layers": {name: _layer_state(name, layer) for name, layer in layers.items()}}
+    configs = [layer.config for layer in layers.values()]
+    config = configs[0].to_dict() if configs[0] is not None and all(c == configs[0] for c in configs) else None
+    states = {name: _layer_state(name, layer) for name, layer in layers.items()}
+    return {"format": FORMAT, "config": config, "layers": states}
 
 
 def _layer_state(name: str, layer: QuantLayer) -> dict[str, Any]:
@@ -66,14 +69,18 @@ def apply_quantization_state_(model: nn.Module, state: Mapping[str, Any]) -> Lay
         raise CheckpointError(f"not a quantization state of format {FORMAT}: found format {state.get('format')!r}")
     if quant_layers(model):
         raise CheckpointError("the model is converted already: apply a quantization state to a fresh model")
+    try:
+        config = DuQConfig.from_dict(state["config"]) if state.get("config") is not None else None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the configuration in the quantization state is damaged: {error}") from error
     swaps: dict[nn.Module, nn.Module] = {}
     for order, (name, values) in enumerate(state["layers"].items()):
         source = _find(model, name, values)
         try:
             layer = _build(name, source, values)
-        except (KeyError, TypeError, ValueError, ConversionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ConversionError) as error:
             raise CheckpointError(f"quantization state of layer {name!r} is damaged: {error}") from error
-        layer.order = order
+        layer.order, layer.config = order, config
         swaps[source] = layer
         producer = None
         if layer.fused_from:
@@ -98,7 +105,7 @@ def apply_quantization_state_(model: nn.Module, state: Mapping[str, Any]) -> Lay
 def _submodule(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
-    except AttributeError:
+    except (AttributeError, TypeError):
         raise CheckpointError(
             f"the model has no module {name!r}: the quantization state is of another architecture"
         ) from None

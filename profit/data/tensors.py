@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,8 @@ class Loader(Protocol):
 class DataBundle:
     """The loaders of one data set and what a model must know of it.
 
-    `calibration` shows the training images in a fixed order and without augmentation.
+    `calibration` shows the training images in a fixed order and without augmentation. `unreadable()` lists the files that
+    were left out so far because they cannot be read (`data.on_error=skip`).
     """
 
     name: str
@@ -37,6 +38,7 @@ class DataBundle:
     image_size: int
     train_images: int
     test_images: int
+    unreadable: Callable[[], list[str]] = list
 
 
 class TensorLoader:

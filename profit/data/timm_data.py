@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from profit.data.tensors import DataBundle
 from profit.errors import DataError
+
+if TYPE_CHECKING:
+    from profit.data.folders import FolderImages
 
 
 class TimmLoader:
@@ -35,8 +39,8 @@ class TimmLoader:
             for images, labels in self.loader:
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         except DataError as error:
-            # a worker process wraps the message in a traceback; its last line is the message itself
-            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+            # a worker process wraps the message in a traceback, at the end of which it stands
+            raise DataError(str(error).strip().split("DataError: ")[-1]) from None
 
 
 def timm_data(
@@ -61,6 +65,7 @@ def timm_data(
     auto_augment: str | None = None,
     scale: tuple[float, ...] | None = None,
     limit: int | None = None,
+    on_error: Literal["refuse", "skip"] = "refuse",
     device: torch.device | str = "cpu",
 ) -> DataBundle:
     """Train and test loaders of an image folder (`name="imagefolder"`) or a timm data set name.
@@ -68,16 +73,28 @@ def timm_data(
     Args:
         name: `imagefolder`, or a name timm's `create_dataset` understands.
         path: the root folder; an image folder holds `path/train_split/<class>/...` and `path/test_split/<class>/...`.
-        classes: number of classes, needed only where the data set does not tell.
+        classes: number of classes, needed only where the data set does not tell; it must be the folder's, where both are.
+        on_error: "refuse" stops at an unreadable image of a folder, "skip" leaves it out of its batch and counts it.
         Everything else goes to timm's `create_loader` under the same name.
 
     Raises:
-        DataError: missing folder, unreadable image (named), unknown data set, unknown number of classes.
+        DataError: missing folder, unreadable image (named), unknown data set, unknown or other number of classes.
     """
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_loader
+    from timm.data.loader import fast_collate
+
+    from profit.data.folders import SkippingCollate
+
     device = torch.device(device)
+    folders: tuple[FolderImages, ...] = ()
     if name == "imagefolder":
-        train_set, test_set, fixed_set, classes = _folders(path, train_split, test_split, in_chans)
+        *folders, found = _folders(path, train_split, test_split, in_chans, on_error == "skip")
+        if classes not in (None, found):
+            raise DataError(f"data.classes is {classes} but {Path(str(path)) / train_split} holds {found} class folders")
+        (train_set, test_set, fixed_set), classes = folders, found
     else:
+        if on_error == "skip":
+            raise DataError(f"data.on_error=skip is for image folders; timm decides what {name} does with unreadable images")
         train_set = _named(name, path, train_split, in_chans, download, True)
         test_set = _named(name, path, test_split, in_chans, download, False)
         fixed_set = _named(name, path, train_split, in_chans, download, False)
@@ -85,9 +102,7 @@ def timm_data(
         if classes is None:
             raise DataError(f"the data set {name} does not tell its number of classes: set data.classes")
     if limit is not None:
-        train_set, test_set, fixed_set = (_limited(dataset, limit) for dataset in (train_set, test_set, fixed_set))
-
-    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_loader
+        train_set, test_set, fixed_set = (_Limited(dataset, limit) for dataset in (train_set, test_set, fixed_set))
 
     plain = in_chans != 3
     common: dict[str, Any] = {
@@ -100,10 +115,18 @@ def timm_data(
         "use_prefetcher": device.type == "cuda",
         "device": device,
     }
-    train = create_loader(
-        train_set, batch_size=min(batch_size, len(train_set)), is_training=True, hflip=hflip,
-        color_jitter=None if plain else color_jitter, auto_augment=auto_augment, scale=scale, **common,
-    )  # fmt: skip
+    if on_error == "skip":
+        common["collate_fn"] = SkippingCollate(fast_collate if common["use_prefetcher"] else default_collate)
+    for key, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != in_chans:
+            raise DataError(f"data.{key} must hold {in_chans} numbers, one per channel, got {list(values)}")
+    try:
+        train = create_loader(
+            train_set, batch_size=min(batch_size, len(train_set)), is_training=True, hflip=hflip,
+            color_jitter=None if plain else color_jitter, auto_augment=auto_augment, scale=scale, **common,
+        )  # fmt: skip
+    except (AssertionError, ValueError, KeyError) as error:
+        raise DataError(f"timm cannot augment with data.auto_augment={auto_augment!r}: {error}") from None
     test = create_loader(test_set, batch_size=eval_batch_size, crop_pct=crop_pct, **common)
     calibration = create_loader(fixed_set, batch_size=batch_size, crop_pct=crop_pct, **common)
     return DataBundle(
@@ -116,10 +139,15 @@ def timm_data(
         image_size=image_size,
         train_images=len(train_set),
         test_images=len(test_set),
+        unreadable=lambda: sorted({file for folder in folders for file in folder.unreadable_files()}),
     )
 
 
-def _folders(path: str | None, train_split: str, test_split: str, in_chans: int) -> tuple[Any, Any, Any, int]:
+def _folders(
+    path: str | None, train_split: str, test_split: str, in_chans: int, skip: bool
+) -> tuple[FolderImages, FolderImages, FolderImages, int]:
+    from profit.data.folders import FolderImages, FolderReader
+
     if not path:
         raise DataError("data.name is imagefolder but data.path is not set: give the folder that holds the splits")
     root = Path(path)
@@ -130,38 +158,11 @@ def _folders(path: str | None, train_split: str, test_split: str, in_chans: int)
             there = ", ".join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())) or "none"
             raise DataError(f"{path} holds no folder {split!r} (folders there: {there}): set data.train_split and "
                             "data.test_split")
-    train_set = _strict(root / train_split, None, in_chans)
-    class_map = train_set.reader.class_to_idx
-    unknown = sorted(set(_strict(root / test_split, None, in_chans).reader.class_to_idx) - set(class_map))
-    if unknown:
-        raise DataError(f"{root / test_split} holds classes that {train_split} lacks: {', '.join(unknown[:5])}")
-    fixed_set = _strict(root / train_split, class_map, in_chans)
-    return train_set, _strict(root / test_split, class_map, in_chans), fixed_set, len(class_map)
-
-
-def _strict(root: Path, class_map: dict[str, int] | None, in_chans: int) -> Any:
-    """timm's ImageDataset, but an unreadable image stops the run: timm puts the next image in its place."""
-    from PIL import Image, UnidentifiedImageError
-    from timm.data import ImageDataset
-
-    class StrictImageDataset(ImageDataset):
-        def __getitem__(self, index: int) -> tuple[Any, int]:
-            file, target = self.reader[index]
-            try:
-                with file:
-                    image = Image.open(file).convert(self.input_img_mode)
-            except OSError as error:
-                reason = "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else error
-                where = self.filename(index, absolute=True)
-                raise DataError(f"cannot read the image {where}: {reason}".replace("\n", " ")) from error
-            return (image if self.transform is None else self.transform(image)), target
-
-    try:
-        return StrictImageDataset(
-            str(root), reader="", class_map=class_map or "", input_img_mode="L" if in_chans == 1 else "RGB"
-        )
-    except RuntimeError as error:
-        raise DataError(f"{root} holds no image in class folders") from error
+    mode = "L" if in_chans == 1 else "RGB"
+    train = FolderReader(root / train_split)
+    test = FolderReader(root / test_split, train.class_to_idx)
+    sets = [FolderImages(reader, mode, skip) for reader in (train, test, train)]
+    return *sets, len(train.class_to_idx)
 
 
 def _named(name: str, path: str | None, split: str, in_chans: int, download: bool, training: bool) -> Any:
@@ -185,22 +186,20 @@ def _classes_of(dataset: Any) -> int | None:
     return None
 
 
-def _limited(dataset: Any, limit: int) -> Any:
-    """Every n-th sample, so that all classes of a sorted folder stay present."""
-    count = min(limit, len(dataset))
-    chosen = [index * len(dataset) // count for index in range(count)]
+class _Limited(torch.utils.data.Dataset):
+    """Every n-th sample, so that all classes of a sorted folder stay present. timm sets `transform` from outside."""
 
-    class Limited(torch.utils.data.Dataset):
-        transform: Any = None
+    def __init__(self, dataset: Any, limit: int) -> None:
+        count = min(limit, len(dataset))
+        self.dataset, self.transform = dataset, None
+        self.chosen = [index * len(dataset) // count for index in range(count)]
 
-        def __len__(self) -> int:
-            return len(chosen)
+    def __len__(self) -> int:
+        return len(self.chosen)
 
-        def __getitem__(self, index: int) -> tuple[Any, int]:
-            dataset.transform = self.transform
-            return dataset[chosen[index]]
-
-    return Limited()
+    def __getitem__(self, index: int) -> Any:
+        self.dataset.transform = self.transform
+        return self.dataset[self.chosen[index]]
 
 
 def _spread(loader: Any) -> Any:

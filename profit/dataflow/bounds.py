@@ -26,7 +26,8 @@ class Value:
 
     `activation(source)` is this value where both are set. `raw`: the model's input, up to shape, scale and
     normalisation. `opaque`: computed where nothing can be seen (scripted function, custom autograd function).
-    `layer` is set on the direct output of a traced layer, `norm` (the module's name) on that of a BatchNorm; `producer` names the module that computed the activation.
+    `learned`: a constant that is or comes from a parameter. `layer` is set on the direct output of a traced layer, `norm`
+    (the module's name) on that of a BatchNorm; `producer` names the module that computed the activation.
     `readers` holds a layer name for a read by that layer and an integer for any other operation.
     """
 
@@ -39,6 +40,7 @@ class Value:
     raw: bool = False
     opaque: bool = False
     constant: bool = False
+    learned: bool = False
     pooled: bool = False
     layer: str = ""
     norm: str = ""
@@ -247,6 +249,8 @@ MIXING_OPS = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear bilinear matmul mm bmm addmm baddbmm "
     "einsum tensordot scaled_dot_product_attention multi_head_attention_forward embedding".split()
 )
+# Those of them whose learned operand makes a layer.
+WEIGHT_OPS = MIXING_OPS - {"embedding"}
 
 RULES: dict[str, Rule] = {}
 
@@ -285,6 +289,7 @@ def infer(name: str, args: Operands, kwargs: dict[str, Any], parents: tuple[Valu
     known = [p for p in parents if not p.constant]
     if not known:
         out.constant = True
+        out.learned = any(p.learned for p in parents)
     elif name not in MIXING_OPS and not out.activation:
         out.raw = all(p.raw for p in known)
         out.opaque = any(p.opaque for p in known) and out.lo == -INF

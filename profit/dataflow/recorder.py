@@ -19,6 +19,7 @@ from ..errors import ConversionError
 from . import bounds
 from .bounds import Value
 from .flow import LayerFlow, gate_layers, kind_of
+from .refusal import leave_out, several
 
 _METADATA = frozenset(
     "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex element_size get_device "
@@ -49,10 +50,13 @@ class _Calls:
 
 
 class Recorder(TorchFunctionMode):
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], decided: Collection[str]) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], decided: Collection[str], left_out: Collection[str]
+    ) -> None:
         super().__init__()
         self.values: Any = WeakTensorKeyDictionary()
-        self.layers, self.decided = layers, frozenset(decided)
+        self.layers, self.decided, self.left_out = layers, frozenset(decided), frozenset(left_out)
+        self.hidden: dict[str, tuple[str, str]] = {}  # module that uses a weight in an operation of its own -> class, operation
         self.names = {id(m): name for name, m in layers.items()}
         self.weights: dict[int, set[str]] = {}
         for name, module in layers.items():
@@ -167,7 +171,8 @@ class Recorder(TorchFunctionMode):
         value = self.values.get(tensor)
         if value is None:
             constant = id(tensor) in self.constants
-            value = self.values[tensor] = Value(constant=constant, opaque=not constant)
+            learned = constant and isinstance(tensor, nn.Parameter)
+            value = self.values[tensor] = Value(constant=constant, learned=learned, opaque=not constant)
         return value
 
     def _operand(self, leaf: Any) -> Any:
@@ -178,9 +183,11 @@ class Recorder(TorchFunctionMode):
         return leaf
 
     def _find_weight(self, name: str, before: list[tuple[Tensor, Value, int]]) -> None:
-        for tensor, _, _ in before:
+        for tensor, value, _ in before:
             owners = self.weights.get(id(tensor))
             if owners is None:
+                if value.learned and name in bounds.WEIGHT_OPS and tensor.dim() > 1:
+                    self._note_hidden_weight(name)
                 continue
             frame = self.stack[-1] if self.stack else None
             if name in ("conv2d", "linear") and frame is not None and frame.name in owners:
@@ -188,6 +195,11 @@ class Recorder(TorchFunctionMode):
             elif name in bounds.MIXING_OPS:
                 raise ConversionError(f"layer {sorted(owners)[0]!r}: its weight is used by {name!r} outside of the layer's own "
                                       "forward; skip it with overrides or filter_fn")  # fmt: skip
+
+    def _note_hidden_weight(self, name: str) -> None:
+        """A module that convolves or multiplies with a weight without being a Conv2d or Linear: it would stay as it is."""
+        if self.stack and not self.left_out.intersection(frame.name for frame in self.stack):
+            self.hidden.setdefault(self.stack[-1].name, (type(self.stack[-1].module).__name__, name))
 
     def _changed_in_place(self, tensor: Tensor, result: Value) -> None:
         """`tensor` holds `result` now; whatever else shares its memory is not known any more."""
@@ -216,12 +228,19 @@ class Recorder(TorchFunctionMode):
                     flow.squeeze_excite = True
 
     def finish(self) -> list[LayerFlow]:
-        for name, layer in self.layers.items():
-            if name not in self.seen:
-                raise ConversionError(
-                    f"layer {name!r} ({type(layer).__name__}) was not seen in the forward: it did not run in eval mode, or "
-                    f"was not called as a module; leave it out with overrides={{{name!r}: {{'skip': True}}}} or filter_fn"
-                )
+        unseen = [name for name in self.layers if name not in self.seen]
+        if unseen:
+            kinds = [type(self.layers[name]).__name__ for name in unseen]
+            raise ConversionError(
+                f"{several(unseen, kinds)} {'was' if len(unseen) == 1 else 'were'} not seen in the forward: not run in eval "
+                f"mode, or not called as a module; {leave_out(unseen, kinds, self.seen)}"
+            )
+        if self.hidden:
+            names, kinds = list(self.hidden), [kind for kind, _ in self.hidden.values()]
+            raise ConversionError(
+                f"{several(names, kinds)}: a {self.hidden[names[0]][1]} with a weight outside of Conv2d and Linear, which "
+                f"would stay in full precision; {leave_out(names, kinds, self.seen)}"
+            )
         return [self._flow(name, calls) for name, calls in self.seen.items()]
 
     def _flow(self, name: str, calls: _Calls) -> LayerFlow:

@@ -28,6 +28,7 @@ def is_layer(module: nn.Module) -> bool:
 
 def trace(
     model: nn.Module, example_inputs: Any, *, layers: Mapping[str, nn.Module] | None = None, decided: Collection[str] = (),
+    left_out: Collection[str] = (),
 ) -> list[LayerFlow]:  # fmt: skip
     """Run `model` once (in eval mode, without gradients) and return the flow of every layer, in order of first use.
 
@@ -35,17 +36,19 @@ def trace(
         example_inputs: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
         layers: name -> module of the layers to find; None means every Conv2d and Linear.
         decided: names whose kind is already decided: these may be fed two kinds, or by something that cannot be seen.
+        left_out: names of modules that may use weights in operations of their own; anywhere else that is refused.
 
     The model is left as it was: training flags, buffers of BatchNorm, hooks.
 
     Raises:
-        ConversionError: a layer did not run or its weight was used in an unknown way; a layer is fed two kinds of input;
-            what feeds it cannot be seen; the forward fails on `example_inputs`.
+        ConversionError: a layer did not run or its weight was used in an unknown way; another module convolves or multiplies
+            with a weight; a layer is fed two kinds of input; what feeds it cannot be seen; the forward fails on
+            `example_inputs`.
     """
     if layers is None:
         layers = {name: m for name, m in model.named_modules() if is_layer(m)}
     args, kwargs = _arguments(example_inputs)
-    recorder = Recorder(model, layers, decided)
+    recorder = Recorder(model, layers, decided, left_out)
     with eval_mode(model), recorder.hooked(model), torch.no_grad():
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):

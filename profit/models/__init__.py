@@ -21,6 +21,7 @@ def create_model(
     in_chans: int,
     pretrained: bool = False,
     args: Mapping[str, Any] | None = None,
+    setting: str = "model.name",
 ) -> nn.Module:
     """A freshly initialised (or timm-pretrained) full-precision network.
 
@@ -30,6 +31,7 @@ def create_model(
         in_chans: channels of the image.
         pretrained: load timm's weights (downloads them on first use).
         args: further keyword arguments of the model.
+        setting: where the name stands in the recipe, for messages.
 
     Raises:
         RecipeError: unknown name (with the nearest known ones) or arguments the model does not take.
@@ -49,7 +51,7 @@ def create_model(
 
             near = get_close_matches(name, [*OWN_MODELS, *timm.list_models()], n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise RecipeError(f"model.name: {name!r} is neither one of ours nor a timm model{hint}")
+            raise RecipeError(f"{setting}: {name!r} is neither one of ours nor a timm model{hint}")
         return timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=in_chans, **extra)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"model.args do not fit {name}: {' '.join(str(error).split())}") from error

@@ -40,6 +40,7 @@ class QuantLayer(nn.Module):
         order: position in the traced forward.
         fused_from: name of the activation module that moved into the input quantizer ("" if none).
         batch_norm: name of the BatchNorm that directly reads the output ("" if none).
+        config: what the model was converted with; None for a layer converted on its own.
     """
 
     input_quantizer: InputQuantizer
@@ -59,6 +60,7 @@ class QuantLayer(nn.Module):
         self.order = 0
         self.fused_from = ""
         self.batch_norm = ""
+        self.config: DuQConfig | None = None
         self._frozen_intervals = False
         self._cached_weight: Tensor | None = None
         self._cached_versions: tuple[int, ...] = ()
@@ -173,7 +175,8 @@ def check_own_parameters(layer: nn.Module, name: str) -> None:
     weight = layer._parameters.get("weight")
     if weight is None:
         raise ConversionError(
-            f"{where}: its weight is computed (weight or spectral norm, parametrization); remove that first"
+            f"{where}: its weight is computed (weight or spectral norm, parametrization); fold that into the weight first: "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') or remove_weight_norm(layer)"
         )
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ConversionError(f"{where}: a lazy layer without shape; run the model once before converting it")

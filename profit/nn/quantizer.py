@@ -40,7 +40,8 @@ class _Quantizer(nn.Module):
     """Raw interval parameters `a`, `c` kept in float32 (float64 after `.double()`), and a flag "has a range".
 
     The flag is a buffer, so that it travels with the state_dict, and a plain bool, so that a forward on a GPU never waits
-    for the device.
+    for the device. The buffer is a float, 0 or 1: averages of weights subtract (no bool can) and scale (an integer 1 would be
+    truncated to 0).
     """
 
     is_duq: ClassVar[bool] = True  # the fused operators implement DuQ only
@@ -53,14 +54,21 @@ class _Quantizer(nn.Module):
         raw = inverse_softplus(torch.ones(numel, device=device, dtype=dtype))
         self.a = nn.Parameter(raw)
         self.c = nn.Parameter(raw.clone())
-        self.register_buffer(self._flag, torch.tensor(False, device=device))
+        self.register_buffer(self._flag, torch.zeros((), device=device))
         self._ready = False
         self.layer_name = ""
 
     def mark_ready(self) -> None:
         """Record that the parameters hold a usable range."""
-        getattr(self, self._flag).fill_(True)
+        getattr(self, self._flag).fill_(1.0)
         self._ready = True
+
+    def _is_ready(self) -> bool:
+        """Whether there is a range; looks at the buffer only while there was none (another model's may be copied there)."""
+        if not self._ready and not torch.compiler.is_compiling():
+            flag = getattr(self, self._flag)
+            self._ready = not flag.is_meta and bool(flag)
+        return self._ready
 
     def _apply(self, fn: Any, recurse: bool = True) -> _Quantizer:
         # Intervals stay in float32 when a model is cast to half precision: their updates are lr * 1e-2 small.
@@ -74,8 +82,8 @@ class _Quantizer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        flag = getattr(self, self._flag)
-        self._ready = not flag.is_meta and bool(flag)
+        self._ready = False
+        self._is_ready()
 
     def _where(self) -> str:
         return f"layer {self.layer_name!r}" if self.layer_name else "this layer"
@@ -123,7 +131,7 @@ class InputQuantizer(_Quantizer):
     @property
     def is_calibrated(self) -> bool:
         """Whether a range was set; the host's copy of the buffer `calibrated`."""
-        return self._ready
+        return self._is_ready()
 
     @torch.no_grad()
     def set_range(self, value: float) -> None:
@@ -143,7 +151,7 @@ class InputQuantizer(_Quantizer):
 
     def check_ready(self) -> None:
         """Raise :class:`CalibrationError` if bits are set and no range is."""
-        if self.bits is not None and not self._ready:
+        if self.bits is not None and not self._is_ready():
             raise CalibrationError(
                 f"the input of {self._where()} has no range yet: run calibrate_ on some batches first"
             )
@@ -190,7 +198,7 @@ class WeightQuantizer(_Quantizer):
     @property
     def is_initialized(self) -> bool:
         """Whether the interval was set; the host's copy of the buffer `initialized`."""
-        return self._ready
+        return self._is_ready()
 
     @torch.no_grad()
     def initialize(self, weight: Tensor) -> None:
@@ -223,7 +231,7 @@ class WeightQuantizer(_Quantizer):
 
     def check_ready(self) -> None:
         """Raise :class:`CalibrationError` if bits are set and the interval is not."""
-        if self.bits is not None and not self._ready:
+        if self.bits is not None and not self._is_ready():
             raise CalibrationError(
                 f"the weight interval of {self._where()} is not set: call initialize or set_bits first"
             )

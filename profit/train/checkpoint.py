@@ -69,7 +69,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"there is no checkpoint {base}: {Path(str(error.filename)).name} is missing") from None
     except OSError as error:
         raise CheckpointError(f"cannot read the checkpoint {base}: {error.strerror or error}") from None
-    except ValueError:  # of JSON and of UTF-8
+    except (ValueError, RecursionError):  # of JSON and of UTF-8
         raise CheckpointError(f"{json_path} is damaged: it is not JSON") from None
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise CheckpointError(f"{json_path} is not a checkpoint of this program (format {FORMAT})")

@@ -28,7 +28,8 @@ def evaluate_run(
         overrides: `section.key=value` texts on the run's recipe, such as `data.fold=1`.
 
     Returns:
-        `{"weights", "bits", "data", "images", "loss", "accuracy"}`, accuracy in percent.
+        `{"weights", "bits", "data", "images", "unreadable", "loss", "accuracy"}`, accuracy in percent of the images that could
+        be read.
 
     Raises:
         CheckpointError: no run, or no such weights. DataError: data that cannot be used or have other classes.
@@ -52,12 +53,14 @@ def evaluate_run(
         )
     with threads(recipe.run.threads):
         loss, accuracy = evaluate(model, bundle.test)
+    unreadable = len(bundle.unreadable())
     layer = list(quant_layers(model).values())[1]  # the first one sees the image, which is never quantized
     return {
         "weights": str(weights),
         "bits": f"W{layer.weight_quantizer.bits or 32}A{layer.input_quantizer.bits or 32}",
         "data": bundle.name,
-        "images": bundle.test_images,
+        "images": bundle.test_images - unreadable,
+        "unreadable": unreadable,
         "loss": loss,
         "accuracy": accuracy,
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from profit.data import DataBundle
-from profit.errors import CheckpointError, ConversionError, DataError
+from profit.errors import CheckpointError, ConversionError, DataError, RecipeError
 from profit.models import create_model
 from profit.quantize import quantize_
 from profit.state import apply_quantization_state_, quantization_state
@@ -22,6 +23,9 @@ from profit.train.recipe import Recipe
 
 FORMAT = "profit-model-1"
 METADATA_KEY = "profit"
+LARGEST = 10**6
+# Arguments of timm's create_model that read or fetch other files: a weight file may not ask for that, and needs none.
+_OPENS_FILES = frozenset(("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"))
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,12 @@ def build_network(recipe: Recipe, architecture: Architecture, device: torch.devi
     weights = read_weights(recipe.model.init) if recipe.model.init else None
     plain = weights is not None and weights.quantization is None
     if weights is not None and plain:
-        load_weights(model, weights.state, recipe.model.init)
+        load_weights(model, weights.state, recipe.model.init, recipe.model.init_allow)
     quantize_(model, recipe.quant, example_inputs=(architecture.example_input(device),))
     if weights is not None and not plain:
         if weights.architecture != architecture:
             raise CheckpointError(f"model.init: {recipe.model.init} holds {_difference(weights.architecture, architecture)}")
-        load_weights(model, weights.state, recipe.model.init)
+        load_weights(model, weights.state, recipe.model.init, recipe.model.init_allow)
     ranks = any(phase.kind == "sample" for phase in recipe.schedule.phases)
     if ranks and not any(getattr(module, "ranked", False) for module in model.modules()):
         raise ConversionError(
@@ -94,20 +98,49 @@ def build_network(recipe: Recipe, architecture: Architecture, device: torch.devi
     return model
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: object) -> None:
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: object, allow: Sequence[str] = ()) -> None:
     """Load every tensor or none.
 
+    Args:
+        allow: names or shell patterns of tensors that may be missing, unknown or of another shape; the model keeps its own.
+
     Raises:
-        CheckpointError: names or shapes differ; the first of them are named.
+        CheckpointError: names, shapes or kinds of numbers differ, or a value is not finite (the first of them are named); or a
+            pattern of `allow` that matches nothing that differs.
     """
     ours = model.state_dict()
-    missing, surplus = [key for key in ours if key not in state], [key for key in state if key not in ours]
-    shapes = [key for key in ours if key in state and ours[key].shape != state[key].shape]
-    for what, keys in (("lacks", missing), ("has the unknown", surplus), ("has another shape for", shapes)):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise CheckpointError(f"{source} does not fit this model: it {what} {', '.join(keys[:3])}{more}")
-    model.load_state_dict(state)
+    both = [key for key in ours if key in state]
+    differing = {
+        "lacks": [key for key in ours if key not in state],
+        "has the unknown": [key for key in state if key not in ours],
+        "has another shape for": [key for key in both if ours[key].shape != state[key].shape],
+        "holds other than floating-point numbers for": [
+            key for key in both if ours[key].is_floating_point() and not _is_float_or_flag(state[key])
+        ],
+        "holds NaN or infinity in": [key for key in both if state[key].is_floating_point() and not _is_finite(state[key])],
+    }
+    found = [key for keys in differing.values() for key in keys]
+    for pattern in allow:
+        if not any(fnmatchcase(key, pattern) for key in found):
+            raise CheckpointError(f"{source}: no tensor that differs ({_first(found) or 'none does'}) is called {pattern!r}")
+    for what, keys in differing.items():
+        refused = [key for key in keys if not any(fnmatchcase(key, pattern) for pattern in allow)]
+        if refused:
+            raise CheckpointError(f"{source} does not fit this model: it {what} {_first(refused)}")
+    model.load_state_dict({**ours, **{key: state[key] for key in both if key not in found}})
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor).all())
+
+
+def _is_float_or_flag(tensor: Tensor) -> bool:
+    """Quantizers' flags were stored as booleans once."""
+    return tensor.is_floating_point() or (tensor.dtype == torch.bool and tensor.dim() == 0)
+
+
+def _first(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def network_state(model: nn.Module, architecture: Architecture) -> dict[str, Any]:
@@ -151,9 +184,10 @@ def read_weights(path: str | Path) -> Weights:
         checkpoint = load_checkpoint(path)
         if not {"architecture", "quantization", "model"} <= set(checkpoint):
             raise CheckpointError(f"{path} holds no model")
-        return Weights(checkpoint["model"], Architecture(**checkpoint["architecture"]), checkpoint["quantization"])
+        return Weights(checkpoint["model"], _architecture(checkpoint, path), checkpoint["quantization"])
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path} is not a .safetensors file (other formats may run code when they are opened)")
+        raise CheckpointError(f"{path} is not a .safetensors file; other formats may run code when they are opened. Convert it "
+                              "where you trust it: safetensors.torch.save_file(state_dict, ...)")  # fmt: skip
     if not path.is_file():
         raise CheckpointError(f"there is no weight file {path}")
     try:
@@ -162,10 +196,31 @@ def read_weights(path: str | Path) -> Weights:
         state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable .safetensors file: {error}") from None
-    description = json.loads(metadata.get(METADATA_KEY, "{}"))
-    if description.get("format") != FORMAT:
+    if METADATA_KEY not in metadata:
         return Weights(state, None, None)
-    return Weights(state, Architecture(**description["architecture"]), description["quantization"])
+    try:
+        description = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} is damaged: what it tells of its network is not JSON") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise CheckpointError(f"{path} tells of its network in another format than {FORMAT}: written by another version?")
+    if not isinstance(description.get("quantization"), dict):
+        raise CheckpointError(f"{path} is damaged: it does not tell how its network is quantized")
+    return Weights(state, _architecture(description, path), description["quantization"])
+
+
+def _architecture(description: Mapping[str, Any], path: Path) -> Architecture:
+    """The architecture in a file's description, its types checked: the file may be anybody's."""
+    values = description.get("architecture")
+    types = {"name": str, "classes": int, "in_chans": int, "image_size": int, "args": dict}
+    fits = isinstance(values, dict) and values.keys() == types.keys()
+    wrong = [key for key in types if not isinstance(values[key], types[key]) or values[key] is True] if fits else ["its keys"]
+    if wrong:
+        raise CheckpointError(f"{path} is damaged: the architecture it tells is not readable ({wrong[0]})")
+    numbers = [values["classes"], values["in_chans"], values["image_size"]]
+    if not all(1 <= number <= LARGEST for number in numbers):
+        raise CheckpointError(f"{path}: classes, in_chans and image_size {numbers} must lie in 1..{LARGEST}")
+    return Architecture(**values)
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Architecture]:
@@ -177,8 +232,12 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     weights = read_weights(path)
     if weights.architecture is None or weights.quantization is None:
         raise CheckpointError(f"{path} holds plain weights and does not tell which network they are for")
-    model = weights.architecture.build()
-    apply_quantization_state_(model, weights.quantization)
+    args = {key: value for key, value in weights.architecture.args.items() if key not in _OPENS_FILES}
+    try:
+        model = replace(weights.architecture, args=args).build()
+        apply_quantization_state_(model, weights.quantization)
+    except (RecipeError, CheckpointError) as error:
+        raise CheckpointError(f"{path}: the network it is for cannot be built: {error}") from error
     load_weights(model, weights.state, path)
     return model.to(device).eval(), weights.architecture
 

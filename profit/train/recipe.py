@@ -20,6 +20,8 @@ class ModelRecipe:
         name: `digits_mobilenetv3` or a timm model name.
         pretrained: start from timm's weights.
         init: a .safetensors file to start from: a model.safetensors of a run, or plain weights of this architecture.
+        init_allow: names or shell patterns (`classifier.*`) of tensors that `init` may lack, have in addition or hold in
+            another shape; the network keeps its own there.
         classes: number of outputs; None takes the data's, another number than the data's is refused.
         args: further keyword arguments of the model.
     """
@@ -27,6 +29,7 @@ class ModelRecipe:
     name: str = "digits_mobilenetv3"
     pretrained: bool = False
     init: str | None = None
+    init_allow: tuple[str, ...] = ()
     classes: int | None = None
     args: dict[str, Any] = field(default_factory=dict)
 
@@ -44,6 +47,7 @@ class DataRecipe:
         folds, fold: stratified folds; fold number `fold` (from 0) is the test set.
         shift: largest random shift of a training image in pixels.
         limit: keep at most this many training and test images.
+        on_error: `refuse` stops at an image that cannot be read, `skip` leaves it out and counts it (image folders).
         in_chans, train_split, test_split, classes, workers, download, mean, std, crop_pct, interpolation, hflip,
         color_jitter, auto_augment, scale: see `profit.data.timm_data.timm_data`.
     """
@@ -57,6 +61,7 @@ class DataRecipe:
     fold: int = 0
     shift: int = 0
     limit: int | None = None
+    on_error: Literal["refuse", "skip"] = "refuse"
     in_chans: int = 3
     train_split: str = "train"
     test_split: str = "val"

@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from profit.config import DuQConfig
 from profit.errors import RecipeError
+from profit.train.limits import problem
 from profit.train.recipe import Recipe
 
 # The schedule sets the bit widths phase by phase; a second place to write them would contradict it.
@@ -24,21 +25,21 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     A run folder in place of a file stands for the recipe stored in it.
 
     Raises:
-        RecipeError: unreadable file, not YAML, an unknown key (with the nearest known one), a wrong type or value.
+        RecipeError: unreadable file, not YAML, a key that stands twice, an unknown key (with the nearest known one), a wrong
+            type or value.
     """
-    import yaml
-
     path = Path(path)
     if path.is_dir() and (path / "recipe.yaml").is_file():
         path = path / "recipe.yaml"
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"cannot read the recipe {path}: it is no text in UTF-8") from None
+    values = _yaml(text, str(path))
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -52,18 +53,13 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     Raises:
         RecipeError: no `=`, an empty name, a value that is not YAML, or a name below something that is no section.
     """
-    import yaml
-
     result = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     for text in overrides:
         name, equals, value = text.partition("=")
         parts = name.strip().split(".")
         if not equals or not all(parts):
             raise RecipeError(f"--set takes section.key=value, not {text!r}")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise RecipeError(f"--set {name}: {value!r} is not a YAML value") from None
+        parsed = _yaml(value, f"--set {name}: {_describe(value)}")
         target = result
         for depth, part in enumerate(parts[:-1]):
             inner = target.get(part)
@@ -73,6 +69,38 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
             target = target[part]
         target[parts[-1]] = parsed
     return result
+
+
+def _yaml(text: str, where: str) -> Any:
+    """The plain values in `text`; stricter than YAML: no key twice, and no aliases, of which few lines can make gigabytes."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: a recipe has no aliases; write it out")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in seen:
+                    raise yaml.YAMLError(f"line {key.start_mark.line + 1}: the key {key.value} stands there twice")
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader: plain values only
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        tab = "; indent with spaces, not tabs" if "'\\t'" in str(error.problem) else ""
+        raise RecipeError(f"{where} is not valid YAML: {line}{error.problem}{tab}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise RecipeError(f"{where} is nested too deeply") from None
+    except ValueError as error:  # a date, or a number of thousands of digits
+        raise RecipeError(f"{where} holds a value that cannot be read: {error}") from None
 
 
 def parse_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -138,6 +166,10 @@ def _section(cls: type, values: Any, prefix: str) -> Any:
         raise RecipeError(f"unknown recipe key {prefix}{key}{_suggest(str(key), prefix, known)}")
     hints = get_type_hints(cls)
     given = {name: _value(hints[name], values[name], f"{prefix}{name}") for name in known if name in values}
+    for name, value in given.items():
+        wrong = problem(f"{prefix}{name}", value)
+        if wrong:
+            raise RecipeError(wrong)
     for name in _HIDDEN.get(cls, ()):
         given[name] = None
     missing = [name for name, item in known.items()

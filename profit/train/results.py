@@ -61,6 +61,7 @@ def describe_data(recipe: Recipe, data: DataBundle) -> dict[str, Any]:
         "name": data.name,
         "train": data.train_images,
         "test": data.test_images,
+        "unreadable": len(data.unreadable()),
         "image_size": data.image_size,
         "fold": f"{recipe.data.fold} of {recipe.data.folds}" if data.name == "digits" else None,
     }

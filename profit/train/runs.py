@@ -155,7 +155,9 @@ def device_for(recipe: Recipe) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise RecipeError(f"run.device: {name!r} is no device; use cpu, cuda, cuda:1 or auto") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"run.device: {name!r} is no device to train on; use cpu, cuda, cuda:1 or auto")
     if device.type == "cuda" and device.index is None and dist.is_available() and dist.is_torchelastic_launched():
         device = torch.device("cuda", dist.get_node_local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -57,12 +57,14 @@ def _pretrained(source: str, architecture: Architecture, pretrained: bool) -> nn
 
             if not timm.is_model(source):
                 # the message with the nearest names is that of the student's model
-                create_model(source, classes=architecture.classes, in_chans=architecture.in_chans)
+                create_model(
+                    source, classes=architecture.classes, in_chans=architecture.in_chans, setting="teacher.source"
+                )
             teacher = timm.create_model(source, pretrained=pretrained)
             classes = teacher.num_classes
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         if isinstance(error, RecipeError):
-            raise RecipeError(str(error).replace("model.name", "teacher.source")) from None
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RecipeError(f"teacher.source: the weights of {source} cannot be had: {reason}") from error
     if (classes, 3) != (architecture.classes, architecture.in_chans):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from profit.aiwq import AIWQMonitor
+from profit.blocks import unfuse_
 from profit.bn import sync_batchnorm
 from profit.calibrate import calibrate_
 from profit.data import create_data
@@ -91,6 +92,7 @@ class Trainer:
         if recipe.run.channels_last:
             self.model.to(memory_format=torch.channels_last)
         if recipe.run.sync_bn and self.world > 1:
+            unfuse_(self.model)  # a convolution in whose place BatchNorm is applied sees this process's batch alone
             self.model = sync_batchnorm(self.model)
         self.trained = self.model  # what a training step calls: the model, compiled and wrapped as the phase needs it
         self.teacher = load_teacher(recipe.teacher.source, self.architecture, self.device)
@@ -108,6 +110,7 @@ class Trainer:
         self.accuracy_fp: float | None = None
         self.wall_s = self.phase_wall_s = 0.0
         self.images_per_s = 0.0
+        self.unreadable: set[str] = set()
         self.run_info = reporting.describe_run(recipe, self.device)
 
     def run(self) -> dict[str, Any]:
@@ -186,6 +189,7 @@ class Trainer:
             self._record_epoch(phase, loss, test=last or bool(every and self.epoch % every == 0))
             self.images_per_s += (images_per_s - self.images_per_s) / self.epoch
             self.progress.end_epoch(phase, label, self.history[-1], images_per_s, self._global_epoch())
+            self._tell_of_unreadable()
             spent = time.perf_counter() - started
             self.phase_wall_s, self.wall_s = self.phase_wall_s + spent, self.wall_s + spent
             if last:
@@ -275,6 +279,13 @@ class Trainer:
                 _, row["accuracy_ema"] = evaluate(self.ema.module, self.data.test, self.amp)
                 self._keep_best("best_ema", self.ema.module, row["accuracy_ema"], phase)
         self.history.append(row)
+
+    def _tell_of_unreadable(self) -> None:
+        """A line for every image that was left out for the first time."""
+        for file in self.data.unreadable():
+            if file not in self.unreadable:
+                self.unreadable.add(file)
+                self.progress.line(f"warning: left out {file!r}, which cannot be read ({len(self.unreadable)} so far)")
 
     def _keep_best(self, name: str, model: nn.Module, accuracy: float, phase: Phase) -> None:
         key = f"{name} {phase.bits}"  # an accuracy at 8 bits must not stand in the way of the best at 4

@@ -75,6 +75,7 @@ def test_uncalibrated_forward_is_refused(rng):
             layer(x)
         layer.set_act_bits(None)
         layer.weight_quantizer.bits, layer.weight_quantizer._ready = 4, False
+        layer.weight_quantizer.initialized.fill_(0)
         with pytest.raises(CalibrationError, match="weight interval of layer 'stem'"):
             layer(x)
 

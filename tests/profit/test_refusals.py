@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -22,11 +23,13 @@ def dead(model):
 REFUSED = {
     "nothing to convert": (lambda: nn.Sequential(nn.ReLU()), {}, ConversionError, "no convolution or linear layer"),
     "a layer itself": (lambda: nn.Conv2d(3, 4, 1), {}, ConversionError, "nn.Sequential"),
-    "Conv1d": (lambda: Between(lambda net, y: y, c=nn.Conv1d(1, 1, 1)), {}, ConversionError, "'c': Conv1d is not supported"),
-    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 1)), {}, ConversionError, "'0': ConvTranspose2d is not"),
+    "Conv1d": (lambda: Between(lambda net, y: y, c=nn.Conv1d(1, 1, 1)), {}, ConversionError, "'c' .Conv1d.*leave it out"),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 1)), {}, ConversionError, "ConvTranspose2d is not"),
     "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 1)), {}, ConversionError, "'0' .LazyConv2d.: a lazy layer"),
     "weight norm": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))), {}, ConversionError,
-                    "weight is computed"),
+                    "'0' .*weight is computed.*remove_parametrizations"),
+    "weight norm, old style": (lambda: nn.Sequential(nn.utils.weight_norm(nn.Conv2d(3, 4, 1))), {}, ConversionError,
+                               "'0' .*weight is computed.*remove_weight_norm"),
     "scripted": (lambda: nn.Sequential(torch.jit.script(nn.Conv2d(3, 4, 1))), {}, ConversionError, "^0 is scripted"),
     "compiled": (lambda: torch.compile(Mobile(), backend="eager"), {}, ConversionError, "is compiled"),
     "unknown name": (Mobile, {"overrides": {"dww": {"skip": True}}}, ConversionError, "no layer is called 'dww'.*'dw'"),
@@ -49,12 +52,38 @@ def test_refusals_leave_the_model_unchanged(name, rng):
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
 
 
-def test_converting_twice_and_using_nothing(rng):
+def test_converting_twice_changes_nothing(rng):
+    x = torch.randn(1, 3, 8, 8, generator=rng)
+    model, config = Mobile(), DuQConfig(4, 4, overrides={"stem": {"weight_bits": 8}}, first_last_bits=8)
+    table = quantize_(model, config, x)
+    modules = list(model.modules())
+    again = quantize_(model, DuQConfig.from_dict(json.loads(json.dumps(config.to_dict()))))  # no forward: nothing to look for
+    assert again == table and all(a is b for a, b in zip(modules, model.modules(), strict=True))
+    set_bits(model, 2, 2)
+    assert {row.weight_bits for row in quantize_(copy.deepcopy(model), config, x)} == {2, 8}  # as it stands, not put back
+    rebuilt = Mobile()
+    profit.apply_quantization_state_(rebuilt, json.loads(json.dumps(profit.quantization_state(model))))
+    assert quantize_(rebuilt, config, x) == layer_table(model)
+
+
+def test_converting_twice_otherwise_is_refused(rng):
     x = torch.randn(1, 3, 8, 8, generator=rng)
     model = Mobile()
     quantize_(model, DuQConfig(), x)
-    with pytest.raises(ConversionError, match="converted already.*set_bits"):
-        quantize_(model, DuQConfig(), x)
+    with pytest.raises(ConversionError, match="converted already.*with padding='negative', not 'zero'.*set_bits"):
+        quantize_(model, DuQConfig(padding="zero"), x)
+    with pytest.raises(ConversionError, match="'0'.*is not recorded"):
+        quantize_(nn.Sequential(profit.nn.QuantConv2d.from_float(nn.Conv2d(3, 4, 1))), DuQConfig(), x)
+    with pytest.raises(ConversionError, match="converted already, but layer '1' is not"):
+        quantize_(nn.Sequential(model, nn.Linear(5, 2)), DuQConfig(), x)
+    skipping = DuQConfig(overrides={"head": {"skip": True}})
+    partly = Mobile()
+    quantize_(partly, skipping, x)
+    assert quantize_(partly, skipping, x) == layer_table(partly)
+
+
+def test_using_nothing(rng):
+    x = torch.randn(1, 3, 8, 8, generator=rng)
     for call in (
         lambda: set_bits(Mobile(), 4),
         lambda: calibrate_(Mobile(), [x]),
