@@ -17,7 +17,7 @@ _FLOATS = ("s", "lo", "offset", "pad_value")
 
 
 def cases(target: str) -> list[StaticCase]:
-    """With DuQ behind h-swish, the longest code, in channels_last by blocks of 64, 32, 16 and 8 channels; and plain ones."""
+    """All with DuQ behind h-swish, the longest code, in NCHW and by blocks of 64, 32, 16 and 8 channels; and plain ones."""
     warp = warp_size(target)
     found = []
     for dtype in DTYPES:
@@ -34,10 +34,11 @@ def _case(
     function, dtype: str, size: int, stride: int, warp: int, channels: int | None, plain: bool = False
 ) -> StaticCase:
     """channels: of a channels_last input; None for NCHW, where their number changes nothing."""
-    cols = launch.input_cols(stride)
-    if function is not kernels.depthwise_grad_input:
-        cols = launch.output_cols(size * size, stride)
-    tile = launch.tile(size * size, channels or 64, channels is not None, cols, warp)
+    cols = launch.output_cols(size * size, stride)
+    if function is kernels.depthwise_grad_input:
+        cols = launch.input_cols(stride)
+    per_lane = launch.weight_nchw_per_lane(stride, warp) if function is kernels.depthwise_grad_weight else 1
+    tile = launch.tile(size * size, channels or 64, channels is not None, cols, warp, per_lane)
     constants = {
         "KH": size, "KW": size, "SH": stride, "SW": stride, "DH": 1, "DW": 1, "MULTIPLIER": 1,
         "CHANNELS_LAST": channels is not None, "HAS_BIAS": False, "QUANTIZE": not plain,

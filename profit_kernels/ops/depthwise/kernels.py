@@ -30,7 +30,7 @@ def _within(i, n):
 
 @triton.jit
 def _columns(row, rows, wanted, columns):
-    """The columns to touch in `row` of an image: all or none. One comparison instead of two masks: fewer registers."""
+    """How many columns to touch in `row` of an image: all or none. To compare with it, not with two masks, saves registers."""
     return tl.where(wanted & _within(row, rows), columns, 0)
 
 
@@ -113,7 +113,7 @@ def depthwise_forward(
     MULTIPLIER: tl.constexpr, CHANNELS_LAST: tl.constexpr, HAS_BIAS: tl.constexpr, QUANTIZE: tl.constexpr,
     ACTIVATION: tl.constexpr, COLS: tl.constexpr, POS: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """Iteration i reads SH input rows and finishes output row `first + i - (PENDING - 1)`; the first ones only fill up."""
+    """Iteration i reads SH input rows and finishes output row first + i - (PENDING - 1); the first PENDING - 1 fill up."""
     SPAN: tl.constexpr = (KH - 1) * DH + 1
     PENDING: tl.constexpr = (SPAN + SH - 1) // SH  # output rows that one input row may belong to
     channels = groups * ALIGN  # written so that the compiler sees the alignment

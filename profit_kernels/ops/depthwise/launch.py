@@ -34,11 +34,11 @@ class Tile:
     align: int
 
 
-def tile(taps: int, channels: int, channels_last: bool, cols: int, warp_size: int) -> Tile:
+def tile(taps: int, channels: int, channels_last: bool, cols: int, warp_size: int, nchw_per_lane: int = 1) -> Tile:
     """The tile for a filter of `taps` weights: the more there are, the fewer channels a lane holds, for lack of registers."""
     lanes = threads(warp_size)
     if not channels_last:
-        return Tile(cols, lanes, 1, 1)
+        return Tile(cols, lanes * nchw_per_lane, 1, 1)
     per_lane = 4 if taps <= 9 else 2 if taps <= 25 else 1
     align = next(n for n in (8, 4, 2, 1) if channels % n == 0)
     # The widest block of channels of those that leave fewest lanes idle; 16 halves are one sector of memory.
@@ -49,6 +49,11 @@ def tile(taps: int, channels: int, channels_last: bool, cols: int, warp_size: in
 def output_cols(taps: int, stride: int) -> int:
     """Output columns of a strip: an input column is quantized (cols * stride + k - stride) / (cols * stride) times."""
     return 4 if stride == 1 else 2 if taps <= 25 else 1
+
+
+def weight_nchw_per_lane(stride: int, warp_size: int) -> int:
+    """Positions a lane of the weight gradient holds in NCHW: strided, ptxas spills a register with one, AMD with two."""
+    return 2 if stride > 1 and warp_size == 32 else 1
 
 
 def input_cols(stride: int) -> int:
@@ -104,8 +109,8 @@ class _Call:
     def taps(self) -> int:
         return self.kernel[0] * self.kernel[1]
 
-    def tile(self, channels: int, cols: int) -> Tile:
-        return tile(self.taps, channels, self.channels_last, cols, warp_size())
+    def tile(self, channels: int, cols: int, nchw_per_lane: int = 1) -> Tile:
+        return tile(self.taps, channels, self.channels_last, cols, warp_size(), nchw_per_lane)
 
     def grid(self, chosen: Tile, channels: int, rows: int, columns: int) -> tuple[tuple[int, int], tuple[int, ...]]:
         """(grid, positions, strips, row blocks and rows) of a walk over rows x columns."""
@@ -120,8 +125,8 @@ class _Call:
 
 def _call(
     x: Tensor, weight: Tensor, geometry: tuple[list[int], list[int], list[int]],
-    a: Tensor | None = None, c: Tensor | None = None, bits: int | None = None,
-    signed: bool = False, offset: float = 0.0, activation: str = "none",
+    a: Tensor | None = None, c: Tensor | None = None,
+    bits: int | None = None, signed: bool = False, offset: float = 0.0, activation: str = "none",
 ) -> _Call:  # fmt: skip
     stride, pads, dilation = geometry
     chosen = layout.memory_format(x, weight)
@@ -182,10 +187,10 @@ def _grad_input(call: _Call, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tens
 
 def _grad_weight(call: _Call, grad: Tensor, weight: Tensor, pad_value: float) -> tuple[Tensor, Tensor]:
     """(gw like weight, gbias [C_out]), both in float32 sums carried on in float64."""
-    x, out, taps = call.x, call.out_channels, call.taps
+    x, out, taps, sw = call.x, call.out_channels, call.taps, call.stride[1]
     if grad.numel() == 0:
         return torch.zeros_like(weight), torch.zeros(out, dtype=x.dtype, device=x.device)
-    chosen = call.tile(out, output_cols(call.taps, call.stride[1]))
+    chosen = call.tile(out, output_cols(taps, sw), weight_nchw_per_lane(sw, warp_size()))
     (_, channel_blocks), (positions, strips, blocks, rows) = call.grid(chosen, out, *call.out_size)
     if not call.channels_last:
         positions, channel_blocks = x.shape[0] * strips * blocks, out

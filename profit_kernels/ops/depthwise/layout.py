@@ -13,10 +13,8 @@ def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     return torch.channels_last if either else torch.contiguous_format
 
 
-def output_size(
-    x: Tensor, weight: Tensor, stride: list[int], pads: list[int], dilation: list[int]
-) -> tuple[int, int]:
-    """(H_out, W_out) for pads = (left, right, top, bottom). ValueError where the kernel does not fit the padded input."""
+def output_size(x: Tensor, weight: Tensor, stride: list[int], pads: list[int], dilation: list[int]) -> tuple[int, int]:
+    """(H_out, W_out) for pads = (left, right, top, bottom). Raises ValueError for a kernel larger than the padded input."""
     left, right, top, bottom = pads
     height, width = x.shape[2] + top + bottom, x.shape[3] + left + right
     kh, kw = ((taps - 1) * step + 1 for taps, step in zip(weight.shape[2:], dilation, strict=True))

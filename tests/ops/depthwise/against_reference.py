@@ -79,7 +79,9 @@ def _assert_within(name: str, actual: Tensor, expected: Tensor, allowed: Tensor 
     # Subtracting infinities of one sign would give NaN.
     off = torch.where(actual == expected, 0.0, (actual - expected).abs()).nan_to_num(0.0)
     excess = off - allowed
-    assert not (excess > 0).any(), f"{name}: off by {off.max().item():.3e}, {int((excess > 0).sum())} beyond what is allowed"
+    assert not (excess > 0).any(), (
+        f"{name}: off by {off.max().item():.3e}, {int((excess > 0).sum())} beyond what is allowed"
+    )
 
 
 def compare(case: Case, backend: str, device: str) -> None:
@@ -137,9 +139,15 @@ def compare(case: Case, backend: str, device: str) -> None:
     _assert_within("gw", gw[kept_w], want_w[kept_w], off_w[kept_w])
     if case.bias is not None:
         _assert_within("gbias", gb, want_b, relative * gb_size)
-    slack_x = ratio * ((relative * g_size + moved[0]).sum() + 2 * gq.abs()[~kept_x].sum() + (gq.abs() * (x_step > 0)).sum())
-    slack_w = 3 * ratio_w * ((relative * gw_size + moved[1]).sum() + gw_size[~kept_w].sum() + (gw_size * (w_step > 0)).sum())
-    for name, mine, theirs, slack in zip(NAMES[2:6], intervals, want_intervals, (slack_x,) * 2 + (slack_w,) * 2, strict=True):
+    slack_x = ratio * (
+        (relative * g_size + moved[0]).sum() + 2 * gq.abs()[~kept_x].sum() + (gq.abs() * (x_step > 0)).sum()
+    )
+    slack_w = (
+        3 * ratio_w * ((relative * gw_size + moved[1]).sum() + gw_size[~kept_w].sum() + (gw_size * (w_step > 0)).sum())
+    )
+    for name, mine, theirs, slack in zip(
+        NAMES[2:6], intervals, want_intervals, (slack_x,) * 2 + (slack_w,) * 2, strict=True
+    ):
         assert (mine is None) == (theirs is None), name
         if mine is not None:
             _assert_within(name, mine, theirs, slack)

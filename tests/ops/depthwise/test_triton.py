@@ -38,7 +38,9 @@ def device_rounding(monkeypatch):
         round_as_a_device(monkeypatch)
 
 
-def plain(rng, shape, kernel, stride, pads, dilation, layout, multiplier=1, dtype=torch.float32, pad_value=-0.375) -> Case:
+def plain(
+    rng, shape, kernel, stride, pads, dilation, layout, multiplier=1, dtype=torch.float32, pad_value=-0.375
+) -> Case:
     x = torch.randn(shape, generator=rng).to(dtype).to(memory_format=FORMATS[layout])
     w = torch.randn(shape[1] * multiplier, 1, *kernel, generator=rng).to(dtype)
     y = torch.ops.profit_kernels.depthwise_conv2d(x, w, None, stride, pads, dilation, 0.0)
@@ -164,8 +166,13 @@ def test_deterministic(rng, layout):
 
 
 def test_a_kernel_larger_than_the_padded_input_is_refused():
-    with pk.use_backend("triton", ops=["depthwise"]), pytest.raises(ValueError, match="larger than the padded input, 4 x 3"):
-        pk.depthwise_conv2d(torch.zeros(1, 1, 2, 3, device=DEVICE), torch.zeros(1, 1, 5, 3, device=DEVICE), padding=(1, 0))
+    with (
+        pk.use_backend("triton", ops=["depthwise"]),
+        pytest.raises(ValueError, match="larger than the padded input, 4 x 3"),
+    ):
+        pk.depthwise_conv2d(
+            torch.zeros(1, 1, 2, 3, device=DEVICE), torch.zeros(1, 1, 5, 3, device=DEVICE), padding=(1, 0)
+        )
 
 
 @pytest.mark.slow
