@@ -21,18 +21,42 @@ torch.library.define(
 )
 
 
+def _beyond_triton(*tensors: Tensor) -> str | None:
+    """Dispatch sees the dtype of the first alone."""
+    double = any(t.dtype == torch.float64 for t in tensors)
+    return "its AIWQ kernels compute in float32 and take no float64" if double else None
+
+
+def _beyond_triton_geometry(x: Tensor, weight: Tensor, padding: Sequence[int], groups: int) -> str | None:
+    depthwise = groups == x.shape[1] and weight.shape[1] == 1
+    pointwise = groups == 1 and tuple(weight.shape[2:]) == (1, 1) and not any(padding)
+    if x.dim() == 4 and (depthwise or pointwise):
+        return None
+    return (
+        "its aiwq_conv kernels serve depthwise layers and 1x1 layers without groups and padding, on [N, C, H, W]; "
+        f"this is a weight {tuple(weight.shape)} with groups={groups}, padding={list(padding)} on {tuple(x.shape)}"
+    )
+
+
 @torch.library.impl("profit_kernels::aiwq_kl", "default")
 def _kl(y_new, y_old, eps):
-    dispatch.choose("aiwq", y_new)
+    if dispatch.choose("aiwq", y_new, {"triton": _beyond_triton(y_new, y_old)}) == "triton":
+        from . import launch
+
+        return launch.kl(y_new, y_old, eps)
     with torch.no_grad():
         return reference.kl(y_new, y_old, eps)
 
 
 @torch.library.impl("profit_kernels::aiwq_conv2d", "default")
-def _conv_kl(x, y_new, *rest):
-    dispatch.choose("aiwq_conv", x)
+def _conv_kl(x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest):
+    limits = {"triton": _beyond_triton(x, y_new) or _beyond_triton_geometry(x, weight_old, padding, groups)}
+    if dispatch.choose("aiwq_conv", x, limits) == "triton":
+        from . import launch
+
+        return launch.conv_kl(x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest)
     with torch.no_grad():
-        return reference.conv_kl(x, y_new, *rest)
+        return reference.conv_kl(x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest)
 
 
 @torch.library.register_fake("profit_kernels::aiwq_kl")
