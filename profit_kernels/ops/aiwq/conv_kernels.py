@@ -15,23 +15,47 @@ from .kernels import columns, pivot, plus, terms, write, zeros
 
 
 @triton.jit
-def _input(x, A, C, s, lo, offset, dtype: tl.constexpr, QUANTIZE: tl.constexpr, ACTIVATION: tl.constexpr):
+def _rounded(v, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """float32 to the nearest value of dtype, still as float32."""
+    if INTERPRETED and dtype == tl.bfloat16:  # Triton's interpreter cuts the digits off where a GPU rounds
+        bits = v.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
+    return v.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _input(
+    x, A, C, s, lo, offset, dtype: tl.constexpr,
+    QUANTIZE: tl.constexpr, ACTIVATION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
     """What the convolution sees of x: act(x), quantized, through the dtype of x to that of the outputs, as float32."""
     h = activate(x.to(tl.float32), ACTIVATION)
     if QUANTIZE:
         h = C * quantize(tl.div_rn(h - offset, A), lo, s) + offset
-    return h.to(x.dtype).to(dtype)
+    return _rounded(_rounded(h, x.dtype, INTERPRETED), dtype, INTERPRETED)
+
+
+@triton.jit
+def _add_columns(sums, new, old, K_new, K_old, live):
+    """`plus` of the column sums of `terms`."""
+    d, o, n, dd, do, oo, nn = terms(new, old, K_new, K_old, live)
+    s_d, s_o, s_n, s_dd, s_do, s_oo, s_nn = sums
+    return (
+        s_d + tl.sum(d, 0), s_o + tl.sum(o, 0), s_n + tl.sum(n, 0), s_dd + tl.sum(dd, 0), s_do + tl.sum(do, 0),
+        s_oo + tl.sum(oo, 0), s_nn + tl.sum(nn, 0),
+    )  # fmt: skip
 
 
 @triton.jit
 def depthwise_moments(
     x_ptr, weight_ptr, bias_ptr, new_ptr, A_ptr, C_ptr, partial_ptr,
-    images, H, W, OH, OW, channel_units, images_each, top, left, pad_value, s, lo, offset,
-    CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, MULTIPLIER: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
-    SH: tl.constexpr, SW: tl.constexpr, DH: tl.constexpr, DW: tl.constexpr, HAS_BIAS: tl.constexpr,
+    images, H, W, OH, OW, channel_units, images_each, kh, kw, sh, sw, dh, dw, top, left, pad_value, s, lo, offset,
+    CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, MULTIPLIER: tl.constexpr, HAS_BIAS: tl.constexpr,
     QUANTIZE: tl.constexpr, ACTIVATION: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """old = conv(pad(duq(act(x))), weight) + bias tap by tap, in registers only. weight: [KH * KW, channels].
+    """old = conv(pad(duq(act(x))), weight) + bias tap by tap, in registers only. weight: [kh * kw, channels].
 
     Program (i, j, k): BH output rows from the i-th on over their whole width, BC channels, `images_each` images.
     """
@@ -46,7 +70,7 @@ def depthwise_moments(
     C = tl.load(C_ptr) if QUANTIZE else 1.0
     bias = tl.load(bias_ptr + c, mask=real, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros([BC], dtype=tl.float32)
     dtype: tl.constexpr = new_ptr.dtype.element_ty
-    pad = tl.full([1, 1], pad_value, tl.float32).to(dtype).to(tl.float32)
+    pad = _rounded(tl.full([1, 1], pad_value, tl.float32), dtype, INTERPRETED)
 
     row0 = tl.program_id(0) * BH
     first = tl.program_id(2) * images_each
@@ -57,7 +81,7 @@ def depthwise_moments(
     x_column, x_row = (in_channels, W * in_channels) if CHANNELS_LAST else (1, W)
     y_column, y_row = (channels, OW * channels) if CHANNELS_LAST else (1, OW)
     x_channel, y_channel = (1, 1) if CHANNELS_LAST else (H * W, OH * OW)
-    h0 = row0 * SH - top
+    h0 = row0 * sh - top
     x_start = block_in.to(tl.int64) * x_channel + h0.to(tl.int64) * x_row
     y_start = block.to(tl.int64) * y_channel + row0.to(tl.int64) * y_row
 
@@ -70,19 +94,19 @@ def depthwise_moments(
         y_image = new_ptr + (image * OH * OW * channels + y_start)
         for column0 in range(0, OW, BW):
             live = ((row0 + row < OH) & (column0 + column < OW))[:, None] & real[None, :]
-            w0 = (column0 + column) * SW - left
+            w0 = (column0 + column) * sw - left
             old = tl.zeros([BH * BW, BC], dtype=tl.float32) + bias[None, :]
             # Loops at run time: unrolled, the taps of a 5 x 5 layer do not fit the registers.
-            for i in range(KH):
-                for j in range(KW):
-                    h, w = row * SH + i * DH, w0 + j * DW
+            for i in range(kh):
+                for j in range(kw):
+                    h, w = row * sh + i * dh, w0 + j * dw
                     inside = ((h0 + h >= 0) & (h0 + h < H) & (w >= 0) & (w < W))[:, None]
                     at = (h * x_row + w * x_column)[:, None] + (c_in * x_channel)[None, :]
                     x = tl.load(x_image + at, mask=inside & live, other=0.0)
-                    q = _input(x, A, C, s, lo, offset, dtype, QUANTIZE, ACTIVATION).to(tl.float32)
-                    tap = tl.load(weight_ptr + (i * KW + j) * channels + c, mask=real, other=0.0).to(tl.float32)
+                    q = _input(x, A, C, s, lo, offset, dtype, QUANTIZE, ACTIVATION, INTERPRETED)
+                    tap = tl.load(weight_ptr + (i * kw + j) * channels + c, mask=real, other=0.0).to(tl.float32)
                     old = tl.fma(tl.where(inside, q, pad), tl.broadcast_to(tap[None, :], [BH * BW, BC]), old)
-            old = old.to(dtype).to(tl.float32)  # rounded as the layer's own output is
+            old = _rounded(old, dtype, INTERPRETED)  # rounded as the layer's own output is
             at = (row * y_row + (column0 + column) * y_column)[:, None] + (tl.arange(0, BC) * y_channel)[None, :]
             new = tl.load(y_image + at, mask=live, other=0.0).to(tl.float32)
             if (n == 0) & (column0 == 0):
@@ -96,7 +120,7 @@ def pointwise_moments(
     x_ptr, weight_ptr, bias_ptr, new_ptr, A_ptr, C_ptr, partial_ptr,
     images, positions, in_units, channel_units, tiles_each, images_each, s, lo, offset,
     CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, HAS_BIAS: tl.constexpr, QUANTIZE: tl.constexpr, ACTIVATION: tl.constexpr,
-    BP: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    BP: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """old = duq(act(x)) @ weight + bias, kept in the accumulators of the product. weight: [in_channels, channels].
 
@@ -133,15 +157,18 @@ def pointwise_moments(
                 at = step[:, None] * x_position + k[None, :] * x_channel
                 within = (k < in_channels)[None, :]
                 x = tl.load(x_start + at, mask=here[:, None] & within, other=0.0)
-                q = _input(x, A, C, s, lo, offset, dtype, QUANTIZE, ACTIVATION)
+                q = _input(x, A, C, s, lo, offset, dtype, QUANTIZE, ACTIVATION, INTERPRETED)
                 at = k[:, None] * channels + c[None, :]
                 weight = tl.load(weight_ptr + at, mask=(k < in_channels)[:, None] & real[None, :], other=0.0)
-                old = tl.dot(q, weight, old, input_precision="ieee")
-            old = (old + bias[None, :]).to(dtype).to(tl.float32)  # rounded as the layer's own output is
+                if INTERPRETED:  # it multiplies bfloat16 as integers
+                    old += tl.dot(q, weight.to(tl.float32))
+                else:
+                    old = tl.dot(q.to(dtype), weight, old, input_precision="ieee")
+            old = _rounded(old + bias[None, :], dtype, INTERPRETED)  # rounded as the layer's own output is
             at = step[:, None] * y_position + tl.arange(0, BC)[None, :] * y_channel
             live = here[:, None] & real[None, :]
             new = tl.load(y_start + at, mask=live, other=0.0).to(tl.float32)
             if (n == 0) & (p0 == start):
                 K_new, K_old = pivot(new, live), pivot(old, live)
-            sums = plus(sums, columns(terms(new, old, K_new, K_old, live)))
+            sums = _add_columns(sums, new, old, K_new, K_old, live)
     write(partial_ptr, c, channels, (end - start) * count, K_old, K_new, sums)

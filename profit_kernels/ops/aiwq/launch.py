@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from ...dispatch import triton_interpreted
 from ..duq import launch as duq
 from ..duq.reference import steps
 from . import conv_kernels, kernels
@@ -75,8 +76,10 @@ def depthwise_tile(channels: int, height: int, width: int, channels_last: bool) 
 
 
 def pointwise_tile(dtype: torch.dtype) -> dict[str, int]:
-    """BP positions x BC output channels, BK input channels at a time."""
-    return {"BP": 64, "BC": 32, "BK": 32} if dtype == torch.float32 else {"BP": 128, "BC": 32, "BK": 64}
+    """BP positions x BC output channels, BK input channels at a time; what the registers hold beside seven sums a column."""
+    if dtype == torch.float32:
+        return {"BP": 64, "BC": 32, "BK": 16, "num_warps": 8, "num_stages": 2}
+    return {"BP": 64, "BC": 32, "BK": 32, "num_warps": 4, "num_stages": 3}
 
 
 def _share(tiles: int, images: int, blocks: int) -> tuple[int, int]:
@@ -175,8 +178,8 @@ def conv_kl(
             )
         else:
             partial = _depthwise(
-                x, weight, bias_or_x, y_new, A, C, pads, pad_value, s, lo, offset, channels_last,
-                KH=kh, KW=kw, SH=stride[0], SW=stride[1], DH=dilation[0], DW=dilation[1], HAS_BIAS=bias is not None, **quantizer,
+                x, weight, bias_or_x, y_new, A, C, (kh, kw, *stride, *dilation, pads[2], pads[0]), pad_value, s, lo, offset,
+                channels_last, HAS_BIAS=bias is not None, **quantizer,
             )  # fmt: skip
         return _finish(partial, eps)
 
@@ -195,7 +198,7 @@ def _check(
         raise ValueError(f"aiwq_conv2d: the bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
 
 
-def _depthwise(x, weight, bias, y_new, A, C, pads, pad_value, s, lo, offset, channels_last, **constants) -> Tensor:
+def _depthwise(x, weight, bias, y_new, A, C, geometry, pad_value, s, lo, offset, channels_last, **constants) -> Tensor:
     images, in_channels, height, width = x.shape
     _, channels, out_h, out_w = y_new.shape
     tile = depthwise_tile(channels, out_h, out_w, channels_last)
@@ -208,8 +211,9 @@ def _depthwise(x, weight, bias, y_new, A, C, pads, pad_value, s, lo, offset, cha
     partial = _partials(x, channels, grid)
     conv_kernels.depthwise_moments[grid](
         x, weight, bias, y_new, A, C, partial,
-        images, height, width, out_h, out_w, channels // vec, images_each, pads[2], pads[0], pad_value, s, lo, offset,
-        CHANNELS_LAST=channels_last, VEC=vec, MULTIPLIER=channels // in_channels, **constants, **tile, enable_fp_fusion=False,
+        images, height, width, out_h, out_w, channels // vec, images_each, *geometry, pad_value, s, lo, offset,
+        CHANNELS_LAST=channels_last, VEC=vec, MULTIPLIER=channels // in_channels, **constants, **tile,
+        INTERPRETED=triton_interpreted(), enable_fp_fusion=False,
     )  # fmt: skip
     return partial
 
@@ -226,6 +230,7 @@ def _pointwise(x, weight, bias, y_new, A, C, s, lo, offset, channels_last, tile,
     conv_kernels.pointwise_moments[grid](
         x, weight, bias, y_new, A, C, partial,
         images, positions, in_channels // vec, channels // vec, tiles_each, images_each, s, lo, offset,
-        CHANNELS_LAST=channels_last, VEC=vec, **constants, **tile, enable_fp_fusion=False,
+        CHANNELS_LAST=channels_last, VEC=vec, **constants, **tile,
+        INTERPRETED=triton_interpreted(), enable_fp_fusion=False,
     )  # fmt: skip
     return partial
