@@ -18,7 +18,7 @@ from typing import Any
 
 from .compiled import TARGETS, faults, row
 
-OPS = ("duq", "depthwise")
+OPS = ("duq", "depthwise", "aiwq")
 RESULT = Path(__file__).resolve().parent / "results" / "static.json"
 KEY = ("kernel", "note", "target", "dtype", "bits", "num_warps")
 

@@ -1,4 +1,4 @@
-"""A plain PyTorch loop: full precision, then 4-bit weights and activations, then PROFIT's freezing. `python examples/plain_pytorch.py`
+"""A plain PyTorch loop: full precision, then 4 bits, then PROFIT's freezing. `python examples/plain_pytorch.py`
 
 Everything of this package that the loop uses works alone: take only what you need.
 """

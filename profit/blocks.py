@@ -10,7 +10,7 @@ from torch import nn
 
 from .config import DuQConfig
 from .dataflow import LayerFlow
-from .nn import DeferredBatchNorm, QuantConv2d, QuantLayer
+from .nn import QuantConv2d, QuantLayer
 
 _WITH_ACTIVATION = ("timm.layers.norm_act.BatchNormAct2d",)  # by name: timm is optional
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -29,7 +29,9 @@ _HALVES = (torch.float32, torch.bfloat16, torch.float16)
 _KERNELS: dict[str, dict[str, tuple[torch.dtype, ...]]] = {
     "cpp": dict.fromkeys(("duq", "duq_weights", "duq_codes"), (*_HALVES, torch.float64))
     | dict.fromkeys(("depthwise", "duq_depthwise", "aiwq", "aiwq_conv", "block"), _HALVES),
-    "triton": dict.fromkeys(("duq", "duq_weights", "duq_codes", "depthwise", "duq_depthwise"), _HALVES),
+    "triton": dict.fromkeys(
+        ("duq", "duq_weights", "duq_codes", "depthwise", "duq_depthwise", "aiwq", "aiwq_conv"), _HALVES
+    ),
     "cuda": {},
 }
 
@@ -105,8 +107,10 @@ def missing(backend: str, device_type: str) -> str | None:
 missing._dynamo_marked_constant = True
 
 
-def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot serve such a call of `op`; None if it can."""
+def why_not(
+    op: str, backend: str, device_type: str, dtype: torch.dtype, limits: Mapping[str, str | None] | None = None
+) -> str | None:
+    """Why `backend` cannot serve such a call of `op`; None if it can. `limits` as `choose` takes them."""
     if backend == "reference":
         return None
     absent = missing(backend, device_type)
@@ -117,23 +121,26 @@ def why_not(op: str, backend: str, device_type: str, dtype: torch.dtype) -> str 
         return f"it has no kernel for {op}"
     if dtype not in dtypes:
         return f"its {op} kernel takes no {dtype}"
-    return None
+    return limits.get(backend) if limits else None
 
 
-def choose(op: str, x: Tensor) -> str:
-    """The backend for this call of `op`. Raises BackendError if the one asked for by name cannot serve it."""
+def choose(op: str, x: Tensor, limits: Mapping[str, str | None] | None = None) -> str:
+    """The backend for this call of `op`. Raises BackendError if the one asked for by name cannot serve it.
+
+    `limits`: backend -> why its kernels cannot serve the other arguments of this call (a geometry, a second dtype), or None.
+    """
     device_type, dtype, asked = x.device.type, x.dtype, _choice[op]
     if asked != "auto":
-        reason = why_not(op, asked, device_type, dtype)
+        reason = why_not(op, asked, device_type, dtype, limits)
         if reason is not None:
-            able = [b for b in BACKENDS if why_not(op, b, device_type, dtype) is None]
+            able = [b for b in BACKENDS if why_not(op, b, device_type, dtype, limits) is None]
             raise BackendError(
                 f"backend {asked!r} cannot serve {op} on {device_type} with {dtype}: {reason}. These can: {', '.join(able)}; "
                 f'or set_backend({asked!r}, ops=...) for the operators it has, and "auto" for the rest'
             )
         return asked
     for backend in PREFERENCE.get(device_type, ("reference",)):
-        if why_not(op, backend, device_type, dtype) is None:
+        if why_not(op, backend, device_type, dtype, limits) is None:
             if not torch.compiler.is_compiling() and (op, device_type, backend) not in _logged:
                 _logged.add((op, device_type, backend))
                 log.info("%s on %s: backend %s", op, device_type, backend)

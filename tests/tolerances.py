@@ -74,8 +74,8 @@ COMPILED = {"rtol": 1e-4, "atol": 1e-5}
 # Mean, variance and 1 / deviation of a channel, float32 from sums in float64: one rounding, and what a mean of 1000 deviations
 # costs a variance taken as a difference in float64.
 MOMENTS = {"rtol": 2e-7, "atol": 1e-9}
-# A whole block in float32 against torch's own functions, in L2, relative: BatchNorm is evaluated in another order, so that a code
-# in about 1e5 may be one step apart, of 500 to 1000 values in these cases. A missing term shows in the first digit.
+# A whole block in float32 against torch's own functions, in L2, relative: BatchNorm is evaluated in another order, so that a
+# code in about 1e5 may be one step apart, of 500 to 1000 values in these cases. A missing term shows in the first digit.
 BLOCK_RELATIVE = 0.02
 # A few training steps in float64, BatchNorm evaluated in another order: roundings of 1e-16, grown by the steps.
 FUSED_TRAINING = {"rtol": 1e-8, "atol": 1e-10}
@@ -85,3 +85,12 @@ FUSED_LOSS = 0.02
 KL_OF_NOTHING = 1e-9
 # Two processes against one in float64: sums in another order, over a few steps of training; the scores pass through float32.
 PROCESSES = {"rtol": 1e-6, "atol": 1e-9}
+# KL against a layer's old output from a convolution that sums in another order: r - 1 in KL = (r - 1)^2 / 4 is off by
+# a rounding of the outputs over the deviation. In half precision single outputs round the other way: a unit in the last place of few.
+KL_CONV_KERNEL = {
+    torch.float32: KL_CONV,
+    torch.bfloat16: {"rtol": 1e-2, "atol": 1e-5},
+    torch.float16: {"rtol": 5e-3, "atol": 1e-6},
+}
+# KL with identical weights: the order of summation alone, in the dtype of the outputs.
+KL_SAME_WEIGHT = {torch.float32: 1e-11, torch.bfloat16: 1e-5, torch.float16: 1e-7}

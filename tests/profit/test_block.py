@@ -120,8 +120,8 @@ def assert_same_state(fused, unfused, tolerance):
 
 @pytest.mark.parametrize("name, found", [("mobilenetv2_050", 36), ("mobilenetv3_small_050", 14)])
 def test_timm_nets(name, found, rng):
-    """MobileNetV2: the depthwise and the projection convolutions of 17 blocks, and the two behind a bottleneck that nothing else
-    reads. MobileNetV3 puts squeeze-and-excite in between."""
+    """MobileNetV2: the depthwise and the projection convolutions of 17 blocks, and the two behind a bottleneck that nothing
+    else reads. MobileNetV3 puts squeeze-and-excite in between."""
     timm = pytest.importorskip("timm")
     x = torch.randn(4, 3, 64, 64, generator=rng, dtype=torch.float64)
     fused, unfused = pair(lambda: timm.create_model(name, num_classes=5), x)

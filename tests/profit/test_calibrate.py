@@ -98,11 +98,12 @@ def test_model_is_otherwise_unchanged(rng):
     model.bn1.eval()
     before = {k: v.clone() for k, v in model.state_dict().items() if "input_quantizer" not in k}
     modes = [m.training for m in model.modules()]
+    hooks = [list(m._forward_pre_hooks) for m in model.modules()]
     calibrate_(model, [(x, torch.zeros(4))], batches=1)
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
     assert [m.training for m in model.modules()] == modes
     assert {layer.input_quantizer.bits for layer in quant_layers(model).values()} == {4, None}
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert [list(m._forward_pre_hooks) for m in model.modules()] == hooks
 
 
 def test_forms_of_a_batch(rng):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -26,21 +27,40 @@ def _wider(first: Tensor, second: Tensor) -> Tensor:
     return second if second.dtype == torch.float64 else first
 
 
+def _beyond_triton(x: Tensor, weight: Tensor, padding: Sequence[int], groups: int) -> str | None:
+    depthwise = groups == x.shape[1] and weight.shape[1] == 1
+    pointwise = groups == 1 and tuple(weight.shape[2:]) == (1, 1) and not any(padding)
+    if x.dim() == 4 and (depthwise or pointwise):
+        return None
+    return (
+        "its aiwq_conv kernels serve depthwise layers and 1x1 layers without groups and padding, on [N, C, H, W]; "
+        f"this is a weight {tuple(weight.shape)} with groups={groups}, padding={list(padding)} on {tuple(x.shape)}"
+    )
+
+
+def _serving(op: str, x: Tensor, limits: dict[str, str | None] | None = None) -> ModuleType:
+    """The module whose functions serve this call: reference, cpp or launch (Triton), which have the same names in each."""
+    backend = dispatch.choose(op, x, limits)
+    if backend == "triton":
+        from . import launch
+
+        return launch
+    return cpp if backend == "cpp" else reference
+
+
 @torch.library.impl("profit_kernels::aiwq_kl", "default")
 def _kl(y_new, y_old, eps):
-    if dispatch.choose("aiwq", _wider(y_new, y_old)) == "cpp":
-        return cpp.kl(y_new, y_old, eps)
     with torch.no_grad():
-        return reference.kl(y_new, y_old, eps)
+        return _serving("aiwq", _wider(y_new, y_old)).kl(y_new, y_old, eps)
 
 
 @torch.library.impl("profit_kernels::aiwq_conv2d", "default")
-def _conv_kl(x, y_new, *rest):
-    if dispatch.choose("aiwq_conv", _wider(x, y_new)) == "cpp":
-        with torch.no_grad():
-            return cpp.conv_kl(x, y_new, *rest)
+def _conv_kl(x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest):
+    limits = {"triton": _beyond_triton(x, weight_old, padding, groups)}
     with torch.no_grad():
-        return reference.conv_kl(x, y_new, *rest)
+        return _serving("aiwq_conv", _wider(x, y_new), limits).conv_kl(
+            x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest
+        )
 
 
 @torch.library.register_fake("profit_kernels::aiwq_kl")

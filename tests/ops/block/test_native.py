@@ -94,7 +94,8 @@ def compare(x, g, norm, q):
 
 def quantizer(rng, bits, signed, offset, activation):
     a, c = torch.rand(1, generator=rng) + 0.3, torch.rand(1, generator=rng) + 0.3
-    return Quantizer(a, c, bits, signed, offset, activation) if bits else Quantizer(None, None, None, signed, offset, activation)
+    raws = (a, c, bits) if bits else (None, None, None)
+    return Quantizer(*raws, signed, offset, activation)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
