@@ -164,11 +164,14 @@ class Network:
     layers: dict[str, Layer]
     constants: dict[str, Tensor]
 
-    def layer_steps(self) -> Iterator[tuple[Step, Layer]]:
-        """The layers in the order in which they run."""
+    def layer_runs(self) -> Iterator[tuple[str, Step, Layer]]:
+        """(name of the run, step, layer) in the order in which they run; a layer's second run is called "name#2"."""
+        runs: dict[str, int] = {}
         for step in self.steps:
             if step.op == "layer":
-                yield step, self.layers[step.settings["layer"]]
+                name = step.settings["layer"]
+                runs[name] = runs.get(name, 0) + 1
+                yield (name if runs[name] == 1 else f"{name}#{runs[name]}"), step, self.layers[name]
 
     def reader_counts(self) -> dict[str, int]:
         """How often each value is read; the network's output counts as a read."""

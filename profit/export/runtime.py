@@ -16,7 +16,7 @@ from ..errors import ExportError
 from .network import ActivationCodes, Layer, Network
 from .operators import OPERATORS
 
-# (layer name, input of the layer before its activation, int32 codes) -> the codes to go on with
+# (name of the layer's run, its input before the activation, int32 codes) -> the codes to go on with
 AtCodes = Callable[[str, Tensor, Tensor], Tensor]
 
 
@@ -52,14 +52,14 @@ def convolve(x: Tensor, weight: Tensor, layer: Layer) -> Tensor:
     return F.conv2d(F.pad(x, layer.pads, value=layer.pad_value), weight, None, layer.stride, 0, layer.dilation, layer.groups)
 
 
-def run_layer(x: Tensor, layer: Layer, at_codes: AtCodes | None = None) -> Tensor:
+def run_layer(x: Tensor, layer: Layer, run: str = "", at_codes: AtCodes | None = None) -> Tensor:
     """multiplier * conv(codes of x, weight) + bias, in the dtype of x."""
     if layer.codes is None:
         operand = activate(x, layer.activation)
     else:
         operand = quantize(x, layer)
         if at_codes is not None:
-            operand = at_codes(layer.name, x, operand)
+            operand = at_codes(run, x, operand)
     weight = layer.weight.to(torch.int32 if layer.is_integer else x.dtype)
     if not layer.is_integer:
         operand = operand.to(x.dtype)
@@ -89,8 +89,8 @@ class IntegerRuntime:
         """The output for images [N, C, H, W] of the size the network was exported for, in `dtype`.
 
         Args:
-            at_codes: sees (layer name, its input, its codes) and returns the codes to go on with: to look at them, or
-                to compare a layer on codes from elsewhere.
+            at_codes: sees (name of the layer's run, its input, its codes) and returns the codes to go on with: to look at
+                them, or to compare a layer on codes from elsewhere.
 
         Raises:
             ValueError: images of another size. ExportError: a NaN reached a quantizer.
@@ -100,10 +100,12 @@ class IntegerRuntime:
             raise ValueError(f"the network was exported for images {list(expected)}, got {list(images.shape[1:])}")
         values: dict[str, Tensor] = {"input": images.detach().to("cpu", self.dtype), **self._constants}
         readers = self.network.reader_counts()
+        runs = {step.output: (run, layer) for run, step, layer in self.network.layer_runs()}
         for step in self.network.steps:
             inputs = [values[x] if isinstance(x, str) else x for x in step.inputs]
             if step.op == "layer":
-                values[step.output] = run_layer(inputs[0], self.network.layers[step.settings["layer"]], at_codes)
+                run, layer = runs[step.output]
+                values[step.output] = run_layer(inputs[0], layer, run, at_codes)
             else:
                 values[step.output] = OPERATORS[step.op](*inputs, **step.settings)
             for name in step.inputs:
