@@ -18,9 +18,19 @@ from .errors import (
     CheckpointError,
     ConversionError,
     DataError,
+    ExportError,
     ProfitError,
     RecipeError,
     TrainingError,
+)
+from .export import (
+    IntegerRuntime,
+    export_onnx,
+    export_packed,
+    export_torch,
+    load_packed_,
+    read_packed,
+    verify,
 )
 from .freezing import ProgressiveFreezer, freeze_all
 from .nn import QuantConv2d, QuantLinear
@@ -37,6 +47,8 @@ __all__ = [
     "ConversionError",
     "DataError",
     "DuQConfig",
+    "ExportError",
+    "IntegerRuntime",
     "LayerRow",
     "LayerTable",
     "Phase",
@@ -49,13 +61,19 @@ __all__ = [
     "TrainingError",
     "apply_quantization_state_",
     "calibrate_",
+    "export_onnx",
+    "export_packed",
+    "export_torch",
     "freeze_all",
     "layer_table",
     "load_authors_checkpoint",
+    "load_packed_",
     "param_groups",
     "quant_layers",
     "quantization_state",
     "quantize_",
+    "read_packed",
     "reestimate_bn_",
     "set_bits",
+    "verify",
 ]

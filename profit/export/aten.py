@@ -214,9 +214,9 @@ CONVERTERS: dict[str, Callable[..., Converted]] = {
          "squeeze.dims", "unsqueeze.default", "_unsafe_view.default"), _reshape,
     ),  # fmt: skip
     **dict.fromkeys(
-        ("contiguous.default", "clone.default", "alias.default", "detach.default", "detach_.default", "lift_fresh_copy.default"),
-        _identity,
-    ),
+        ("contiguous.default", "clone.default", "alias.default", "detach.default", "detach_.default",
+         "lift_fresh_copy.default"), _identity,
+    ),  # fmt: skip
     **dict.fromkeys(("to.dtype", "to.device", "to.dtype_layout", "_to_copy.default", "type_as.default"), _to),
     "dropout.default": _dropout,
     "feature_dropout.default": _dropout,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from ..nn.quantizer import inverse_softplus
 from ..quantize import quant_layers
 from .layers import positive, weight_codes
 from .network import Layer, Network
-from .runtime import scaled
+from .runtime import AtCodes, scaled
 
 # (name of a layer's run) -> int32 codes
 Codes = dict[str, Tensor]
@@ -88,11 +88,11 @@ class Comparison:
         return max((row.farthest for row in self.layers.values()), default=0.0)
 
 
-def compare_runtime(comparison: Comparison, given: Codes) -> Callable[[str, Tensor, Tensor], Tensor]:
+def compare_runtime(comparison: Comparison, given: Codes, layers: Mapping[str, Layer]) -> AtCodes:
     """An `at_codes` for the runtime: compares its codes with the given ones and goes on with those."""
 
     def at_codes(run: str, x: Tensor, codes: Tensor) -> Tensor:
-        comparison.add(run, at_codes.layers[run], x, codes, given[run])
+        comparison.add(run, layers[run], x, codes, given[run])
         return given[run]
 
     return at_codes

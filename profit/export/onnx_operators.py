@@ -124,7 +124,8 @@ def _gelu(graph: Graph, step: Step) -> None:
         bent = graph.add("Mul", [inner, graph.constant(f"{out}/root", (2.0 / np.pi) ** 0.5)], f"{out}/bent")
         curve = graph.add("Tanh", [bent], f"{out}/curve")
     else:
-        curve = graph.add("Erf", [graph.add("Mul", [x, graph.constant(f"{out}/root", 0.5**0.5)], f"{out}/bent")], f"{out}/curve")
+        bent = graph.add("Mul", [x, graph.constant(f"{out}/root", 0.5**0.5)], f"{out}/bent")
+        curve = graph.add("Erf", [bent], f"{out}/curve")
     graph.add("Mul", [half, graph.add("Add", [curve, one], f"{out}/gate")], out)
 
 
@@ -153,8 +154,9 @@ def _pool_attributes(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _avg_pool(graph: Graph, step: Step) -> None:
-    counted = int(step.settings["count_include_pad"])
-    graph.add("AveragePool", [graph.operand(step, 0)], step.output, count_include_pad=counted, **_pool_attributes(step.settings))
+    attributes = _pool_attributes(step.settings)
+    attributes["count_include_pad"] = int(step.settings["count_include_pad"])
+    graph.add("AveragePool", [graph.operand(step, 0)], step.output, **attributes)
 
 
 def _max_pool(graph: Graph, step: Step) -> None:

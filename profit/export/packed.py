@@ -152,7 +152,8 @@ def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
             weight = weight.double() * interval / (2 ** (layer.weight_bits - 1) - 1)
         state[f"{name}.weight"] = weight.float()
     ours = model.state_dict()
-    wrong = [key for key in ours if key not in state or state[key].shape != ours[key].shape] + [key for key in state if key not in ours]
+    wrong = [key for key in ours if key not in state or state[key].shape != ours[key].shape]
+    wrong += [key for key in state if key not in ours]
     if wrong:
         raise ExportError(f"{path} does not fit this model: {wrong[0]!r} is missing, or has another shape, on one side")
     for name, layer in quant_layers(model).items():
