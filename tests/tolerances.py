@@ -65,3 +65,8 @@ DEVICE_INTERVAL = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 5e-
 DEVICE_STEP = 0.05
 # Eager against compiled, float32: the compiler fuses, so sums and products round in another order.
 COMPILED = {"rtol": 1e-4, "atol": 1e-5}
+# The integer runtime in float64 against the model in float64: integers times a scale, and float sums of up to a few hundred
+# products; what is left is the rounding of float64.
+EXPORT_CONV64 = {"rtol": 1e-9, "atol": 1e-9}
+# The same in float32 where a code at an edge may turn over: one step of an 8-bit code moves an output of order 1 by below 0.05.
+EXPORT_FLOAT32_LOGITS = {"rtol": 0.02, "atol": 0.05}

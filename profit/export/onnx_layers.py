@@ -185,6 +185,14 @@ class IntegerLayers(ExactLayers):
         whole = graph.constant(f"{name}/codes", np.round(layer.bias.numpy() / unit), np.int32)
         return graph.add("DequantizeLinear", [whole, graph.constant(f"{name}/scale", unit)], name, axis=0)
 
+    def product(self, step: Step, run: str, layer: Layer, x: str, weight: str, bias: str) -> None:
+        if layer.type == "conv":
+            super().product(step, run, layer, x, weight, bias)
+            return
+        # Not Add: onnxruntime would make a float Gemm of it and of MatMul, and no MatMulIntegerToFloat.
+        product = self.graph.add("MatMul", [x, weight], f"{run}/product")
+        self.graph.add("Sub", [product, self.graph.constant(bias, -layer.bias)], step.output)
+
     def onnx_array(self, name: str) -> np.ndarray:
         return self.graph.onnx.numpy_helper.to_array(self.graph.initializers[name])
 

@@ -49,7 +49,18 @@ def convolve(x: Tensor, weight: Tensor, layer: Layer) -> Tensor:
     """The plain sum of products, in the dtype of x and weight; integers stay integers."""
     if layer.type == "linear":
         return F.linear(x, weight)
-    return F.conv2d(F.pad(x, layer.pads, value=layer.pad_value), weight, None, layer.stride, 0, layer.dilation, layer.groups)
+    padded = F.pad(x, layer.pads, value=layer.pad_value)
+    return F.conv2d(padded, _spread(weight, layer.dilation), None, layer.stride, 0, 1, layer.groups)
+
+
+def _spread(weight: Tensor, dilation: tuple[int, int]) -> Tensor:
+    """The filter with zeros between its taps: PyTorch has no dilated convolution of integers."""
+    if dilation == (1, 1):
+        return weight
+    (dh, dw), (kh, kw) = dilation, weight.shape[2:]
+    wide = weight.new_zeros(*weight.shape[:2], dh * (kh - 1) + 1, dw * (kw - 1) + 1)
+    wide[:, :, ::dh, ::dw] = weight
+    return wide
 
 
 def run_layer(x: Tensor, layer: Layer, run: str = "", at_codes: AtCodes | None = None) -> Tensor:
