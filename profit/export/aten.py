@@ -50,6 +50,10 @@ def _binary(name: str) -> Callable[..., Converted]:
     return convert
 
 
+def _rsub(shapes: Shapes, x: Operand, y: Operand, alpha: float = 1) -> Converted:
+    return _binary("sub")(shapes, y, x, alpha)
+
+
 def _unary(name: str) -> Callable[..., Converted]:
     return lambda shapes, x: (name, (x,), {})
 
@@ -187,6 +191,9 @@ def _softmax(shapes: Shapes, x: Operand, dim: int, *rest: Any) -> Converted:
 CONVERTERS: dict[str, Callable[..., Converted]] = {
     **{f"{name}.{kind}": _binary(name) for name in ("add", "sub", "mul", "div") for kind in ("Tensor", "Scalar")},
     **{f"{name}.default": _unary(name) for name in ("relu", "hardswish", "hardsigmoid", "sigmoid", "silu", "tanh")},
+    "rsub.Scalar": _rsub,
+    "rsub.Tensor": _rsub,
+    "neg.default": lambda shapes, x: ("mul", (x, -1.0), {}),
     "relu6.default": lambda shapes, x: ("clip", (x,), {"low": 0.0, "high": 6.0}),
     "hardtanh.default": _hardtanh,
     "clamp.default": _clip,
@@ -203,6 +210,7 @@ CONVERTERS: dict[str, Callable[..., Converted]] = {
     "adaptive_max_pool2d.default": _adaptive_max_pool,
     "avg_pool2d.default": _avg_pool,
     "max_pool2d.default": _max_pool,
+    "max_pool2d_with_indices.default": _max_pool,
     "pad.default": _pad,
     "constant_pad_nd.default": _pad,
     "cat.default": _cat,

@@ -71,13 +71,16 @@ class Builder:
         if name in _BATCH_NORMS:
             return self._batch_norm(node, *args)
         if name == "<built-in function getitem>":
-            return args[0] if args[1] == 0 else self._refuse(node, "takes a further result of the operator before it")
+            return args[0] if args[1] == 0 else None  # refused where something reads it
         if name in ("conv2d.default", "conv2d.padding", "linear.default"):
             return self._float_layer(node, *args, **kwargs)
-        if name not in CONVERTERS or isinstance(node.meta["val"], (tuple, list)):
+        if name not in CONVERTERS:
             self._refuse(node, "is not among the operators that can be exported")
-        if node.meta["val"].dtype != torch.float32:
-            self._refuse(node, f"gives {node.meta['val'].dtype}; only float32 tensors are exported")
+        result = _first(node)
+        if result.dtype != torch.float32:
+            self._refuse(node, f"gives {result.dtype}; only float32 tensors are exported")
+        if not _keeps_images_apart(result):
+            self._refuse(node, f"gives {list(result.shape)}: the images of the batch must stay dimension 0, all of it")
         tensors = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
         shapes = Shapes(_shape(tensors[0]) if tensors else (), _shape(node))
         # The result was checked to be float32, and memory formats do not change values.
@@ -174,8 +177,19 @@ class Builder:
 
 def _shape(node: torch.fx.Node) -> tuple[int, ...]:
     """Sizes of a node's tensor, -1 for the number of images."""
+    return tuple(size if isinstance(size, int) else BATCH for size in _first(node).shape)
+
+
+def _first(node: torch.fx.Node) -> Tensor:
+    """The (fake) tensor an operator gives; its first one, where it also gives such as the places of maxima."""
     value = node.meta["val"]
-    return tuple(size if isinstance(size, int) else BATCH for size in value.shape)
+    return value if isinstance(value, Tensor) else value[0]
+
+
+def _keeps_images_apart(value: Tensor) -> bool:
+    """Whether the number of images is a dimension of its own, the first one, or the tensor does not depend on it."""
+    symbolic = [i for i, size in enumerate(value.shape) if not isinstance(size, int)]
+    return not symbolic or (symbolic == [0] and value.shape[0].node.expr.is_symbol)
 
 
 def _place(node: torch.fx.Node) -> str:

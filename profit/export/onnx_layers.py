@@ -117,10 +117,10 @@ class IntegerLayers(ExactLayers):
 
     def __init__(self, graph: Graph, network: Network) -> None:
         super().__init__(graph, network)
-        readers = network.reader_counts()
-        self.reader = {
-            step.inputs[0]: layer for _, step, layer in network.layer_runs() if readers[step.inputs[0]] == 1 and layer.codes
-        }
+        self.readers: dict[str, list[Step]] = {}
+        for step in network.steps:
+            for name in step.inputs:
+                self.readers.setdefault(str(name), []).append(step)
         self.refinement: dict[str, Tensor] = {}  # of the layers that are integer
         self.integer_sums: set[str] = set()
 
@@ -148,10 +148,15 @@ class IntegerLayers(ExactLayers):
             return "its border is real 0, which is no code (padding='zero')"
         if bias_refinement(layer).min() < 1:
             return "its bias does not fit into 32-bit integers of its scale"
-        reader = self.reader.get(step.output)
-        if reader is None:
-            return "its output is read by something else than one quantizer"
-        return None if _only_clips(reader) else f"{reader.activation if reader.activation != 'none' else 'a shift'} follows it"
+        readers = self.readers.get(step.output, [])
+        if len(readers) != 1 or readers[0].op != "layer":
+            return f"its sum goes into {' and '.join(r.settings.get('layer', r.op) for r in readers) or 'the output'}"
+        reader = self.network.layers[readers[0].settings["layer"]]
+        if reader.codes is None:
+            return f"its sum goes into {reader.name}, whose input is not quantized"
+        if _only_clips(reader):
+            return None
+        return f"{'an offset' if reader.activation == 'none' else reader.activation} stands before the next quantizer"
 
     def input(self, x: str, run: str, layer: Layer) -> str:
         if x not in self.integer_sums or layer.codes is None:

@@ -115,7 +115,6 @@ def _gelu(graph: Graph, step: Step) -> None:
     if graph.opset >= 20:
         graph.add("Gelu", [x], out, approximate=step.settings["approximate"])
         return
-    half = graph.add("Mul", [x, graph.constant(f"{out}/half", 0.5)], f"{out}/halved")
     one = graph.constant(f"{out}/one", 1.0)
     if step.settings["approximate"] == "tanh":
         cube = graph.add("Pow", [x, graph.constant(f"{out}/three", 3.0)], f"{out}/cube")
@@ -126,7 +125,9 @@ def _gelu(graph: Graph, step: Step) -> None:
     else:
         bent = graph.add("Mul", [x, graph.constant(f"{out}/root", 0.5**0.5)], f"{out}/bent")
         curve = graph.add("Erf", [bent], f"{out}/curve")
-    graph.add("Mul", [half, graph.add("Add", [curve, one], f"{out}/gate")], out)
+    doubled = graph.add("Add", [curve, one], f"{out}/doubled")
+    gate = graph.add("Mul", [doubled, graph.constant(f"{out}/half", 0.5)], f"{out}/gate")
+    graph.add("Mul", [x, gate], out)
 
 
 def _affine(graph: Graph, step: Step) -> None:

@@ -82,6 +82,6 @@ def quantized(model: nn.Module, x: Tensor, weight_bits: int = 4, act_bits: int =
     return model.eval()
 
 
-def images(rng: torch.Generator, n: int = 6, size: int = 12) -> Tensor:
+def images(rng: torch.Generator, n: int = 32, size: int = 12) -> Tensor:
     """Random images [n, 3, size, size]."""
     return torch.randn(n, 3, size, size, generator=rng)

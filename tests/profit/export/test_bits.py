@@ -34,7 +34,8 @@ def test_shapes_and_memory_order_do_not_matter(rng):
 def test_the_layout_is_that_of_onnx(bits, kind, rng):
     onnx = pytest.importorskip("onnx")
     values = codes(rng, bits, 3, 7)
-    tensor = onnx.helper.make_tensor("w", getattr(onnx.TensorProto, kind), [3, 7], pack(values, bits).numpy().tobytes(), raw=True)
+    data = pack(values, bits).numpy().tobytes()
+    tensor = onnx.helper.make_tensor("w", getattr(onnx.TensorProto, kind), [3, 7], data, raw=True)
     assert onnx.numpy_helper.to_array(tensor).astype(int).tolist() == values.tolist()
 
 
