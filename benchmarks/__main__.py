@@ -16,6 +16,7 @@ SUITES = {
     "gpu": "`make gpu`: the GPU tests and the suites above within a time limit",
     "digits": "accuracy on the digits, five folds: W4A4, W3A3, W2A2 with and without PROFIT, calibration alone",
     "static": "every Triton kernel compiled for sm_80, sm_90 and gfx942: registers, spills, access widths",
+    "export": "exported networks: codes against the model, top-1, file sizes, latency under onnxruntime",
     "figure6": "which quantizer represents the output of h-swish best (the paper's Figure 6)",
 }
 # Suites that measure time: they run in a process whose allocator is tuned (benchmarks/timing.py says why).
