@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ from ..quantize import quant_layers
 from .layers import positive, weight_codes
 from .network import Layer, Network
 from .runtime import AtCodes, scaled
+from .trace import plain_copy
 
 # (name of a layer's run) -> int32 codes
 Codes = dict[str, Tensor]
@@ -135,7 +135,7 @@ def model_codes(model: nn.Module, images: Tensor) -> tuple[Tensor, Codes]:
 
 def exact_copy(model: nn.Module) -> nn.Module:
     """The same network computed in float64: its float32 intervals and weight codes, without the rounding of float32 sums."""
-    exact = copy.deepcopy(model).cpu().eval()
+    exact = plain_copy(model)
     for name, layer in quant_layers(exact).items():
         w = layer.weight_quantizer
         if w.bits is not None:

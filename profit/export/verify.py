@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
@@ -259,7 +260,7 @@ class _Program(_Check):
             raise ExportError("the model is not quantized: it has no quantized layer")
         try:
             self.program = torch.export.load(path).module()
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
+        except (RuntimeError, ValueError, KeyError, OSError, BadZipFile) as error:
             raise ExportError(f"{path} is not a readable .pt2 file: {str(error).strip().splitlines()[0]}") from None
         result.notes.append("a .pt2 file shows no codes: outputs and classes only")
 
