@@ -89,8 +89,8 @@ def agreement(model: Any, batches: Iterable[Any], example: Any, folder: Path) ->
     found = {
         "images": exact.images,
         "weights": exact.weights,
-        "top1": {**exact.top1, "onnxruntime, integer kernels": integer.top1["onnxruntime"]},
-        "outputs": {**exact.outputs, "onnxruntime, integer kernels": integer.outputs["onnxruntime"]},
+        "top1": {**exact.top1, "onnxruntime, integer kernels / model": integer.top1["onnxruntime / model"]},
+        "outputs": {**exact.outputs, "onnxruntime, integer kernels / model": integer.outputs["onnxruntime / model"]},
         "correct": exact.correct,
         "failures": exact.failures() + integer.failures(),
         "executed": exact.executed,
@@ -204,10 +204,16 @@ def _codes(results: dict[str, Any]) -> list[str]:
 
 
 def _classes(results: dict[str, Any]) -> list[str]:
-    """Images that get the model's class."""
-    lines = _head("network", "bits", "integer runtime", "onnxruntime", "its integer kernels", "layers with integer kernels")
+    """Images that get the same class from both sides."""
+    columns = {
+        "integer runtime / model in float64": "integer runtime / model in float64",
+        "integer runtime / model": "integer runtime / model",
+        "onnxruntime / model": "onnxruntime / model",
+        "onnxruntime, integer kernels / model": "its integer kernels / model",
+    }
+    lines = _head("network", "bits", *columns.values(), "layers with integer kernels")
     for start, row in _rows(results):
-        cells = [f"{same} of {total}" for same, total in row["top1"].values()]
+        cells = ["{} of {}".format(*row["top1"][what]) for what in columns]
         lines.append(f"{start} | {' | '.join(cells)} | {row['layers'] - len(row['float layers'])} of {row['layers']} |")
     return lines
 

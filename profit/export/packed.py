@@ -36,6 +36,9 @@ from .trace import trace_network
 
 FORMAT, VERSION = "profit-packed", 1
 METADATA_KEY = "profit"
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.int64, torch.int32, torch.uint8, torch.bool)}
+# What makes two converted models compute different things even with the same tensors and bit widths.
+_STRUCTURE = ("type", "quantizer", "kind", "offset", "activation", "fused_from", "weight_granularity", "pad_value")
 
 
 @dataclass(frozen=True)
@@ -119,11 +122,7 @@ def read_packed(path: str | Path) -> Network:
     Raises:
         ExportError: no such file, not a packed file, truncated, changed, or of another version.
     """
-    description, tensors = _read(path)
-    try:
-        return _network(description["network"], tensors)
-    except (KeyError, TypeError, ValueError) as error:  # only a file made to deceive: its checksum is right
-        raise ExportError(f"{path} does not describe a network: {error}") from None
+    return _read(path).network
 
 
 def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
@@ -136,15 +135,14 @@ def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
         ExportError: the file cannot be used (see :func:`read_packed`), lacks what this needs, or is of another model.
         CheckpointError: the model has other layers. A model that was not converted before may be converted by then.
     """
-    description, tensors = _read(path)
-    if "quantization" not in description:
+    content = _read(path)
+    network, quantization, state = content.network, content.quantization, content.state
+    if quantization is None:
         raise ExportError(f"{path} was exported without what a model needs (restorable=False): export it again with it")
     if not quant_layers(model):
-        apply_quantization_state_(model, description["quantization"])
-    elif quantization_state(model)["layers"].keys() != description["quantization"]["layers"].keys():
-        raise ExportError(f"{path} has other quantized layers than the model")
-    network = _network(description["network"], tensors)
-    state = _state(description["state"], tensors["state"])
+        apply_quantization_state_(model, quantization)
+    else:
+        _check_structure(path, quantization_state(model)["layers"], quantization["layers"])
     for name, layer in network.layers.items():
         weight = layer.weight
         if layer.weight_bits is not None:
@@ -157,14 +155,32 @@ def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
     if wrong:
         raise ExportError(f"{path} does not fit this model: {wrong[0]!r} is missing, or has another shape, on one side")
     for name, layer in quant_layers(model).items():
-        saved = description["quantization"]["layers"][name]
+        saved = quantization["layers"][name]
         layer.weight_quantizer.bits, layer.input_quantizer.bits = saved["weight_bits"], saved["act_bits"]
     model.load_state_dict(state)
     return model.eval()
 
 
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The description and the tensors, after every check."""
+def _check_structure(path: str | Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    if ours.keys() != theirs.keys():
+        raise ExportError(f"{path} has other quantized layers than the model")
+    for name, settings in ours.items():
+        for key in _STRUCTURE:
+            if settings[key] != theirs[name][key]:
+                raise ExportError(f"{path}: layer {name!r} has {key} {theirs[name][key]!r}, the model {settings[key]!r}")
+
+
+@dataclass(frozen=True)
+class _Content:
+    """A packed file; the last two are there only if it is restorable."""
+
+    network: Network
+    quantization: dict[str, Any] | None
+    state: dict[str, Tensor]
+
+
+def _read(path: str | Path) -> _Content:
+    """The content of a file, after every check."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -191,9 +207,12 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ExportError(f"{path} is damaged or was changed: its checksum does not match its content")
     try:
         description = json.loads(zlib.decompress(tensors["description"].numpy()))
-    except (KeyError, ValueError, zlib.error) as error:  # only a file made to deceive: its checksum is right
-        raise ExportError(f"{path} has no description that can be read: {error}") from None
-    return description, tensors
+        network = _network(description["network"], tensors)
+        state = _state(description.get("state", []), tensors.get("state", torch.empty(0, dtype=torch.uint8)))
+    # Its checksum is right: only a file made to deceive comes here.
+    except (KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
+        raise ExportError(f"{path} does not describe a network: {' '.join(str(error).split())}") from None
+    return _Content(network, description.get("quantization"), state)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -214,7 +233,7 @@ def _state(index: list[list[Any]], data: Tensor) -> dict[str, Tensor]:
     """The tensors that `state` holds one behind the other."""
     state, at = {}, 0
     for key, kind, shape in index:
-        dtype = getattr(torch, kind)
+        dtype = _DTYPES[kind]
         size = dtype.itemsize * int(torch.tensor(shape, dtype=torch.int64).prod())
         state[key] = data[at : at + size].clone().view(dtype).reshape(shape)
         at += size

@@ -20,8 +20,7 @@ from .builder import Builder
 from .network import Network
 
 
-@torch.library.custom_op("profit_export::layer", mutates_args=())
-def _layer(
+def _product(
     x: Tensor, weight: Tensor, name: str, stride: list[int], pads: list[int], dilation: list[int], groups: int
 ) -> Tensor:
     """A quantized layer in the traced graph; only its shape is ever computed."""
@@ -30,7 +29,8 @@ def _layer(
     return F.conv2d(F.pad(x, pads), weight, None, stride, 0, dilation, groups)
 
 
-_layer.register_fake(_layer._init_fn)
+_layer = torch.library.custom_op("profit_export::layer", _product, mutates_args=())
+_layer.register_fake(_product)
 
 
 class _Marked(nn.Module):

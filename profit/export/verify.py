@@ -26,16 +26,15 @@ from ..quantize import quant_layers
 from .compare import Codes, Comparison, compare_runtime, exact_copy, layers_by_run, model_codes
 from .network import Network
 from .onnx_export import build_onnx
-from .onnx_layers import bias_rounding
+from .onnx_layers import FLOAT32_STEPS, bias_rounding
 from .onnx_runtime import codes_on, describe, executed, load_onnx, run, session, with_given_codes
 from .packed import read_packed
 from .runtime import IntegerRuntime
 from .trace import trace_network
 
-# How far from a rounding edge, in steps, float32 sums may move a value. Measured: below 2e-6 at 4 bits (docs/export.md); at
-# 8 bits a step is 17 times smaller.
-FLOAT32_STEPS = 1e-3
-MODEL, RUNTIME, ONNX, PROGRAM = "model", "integer runtime", "onnxruntime", "exported program"
+MODEL, EXACT, RUNTIME, ONNX, PROGRAM = (
+    "model", "model in float64", "integer runtime", "onnxruntime", "exported program",
+)  # fmt: skip
 
 
 @dataclass
@@ -46,8 +45,8 @@ class Verification:
         file, images: what was verified, on how many images.
         weights: (number of weight codes or floats compared with the model's, how many differ).
         comparisons: codes by layer, see the module's text.
-        outputs: largest absolute difference of the outputs, by what was compared with the model.
-        top1: (images on which the class is the model's, images), by the same names.
+        outputs: largest absolute difference of the outputs, by what was compared: "onnxruntime / model" and the like.
+        top1: (images that get the same class from both, images), by the same names.
         correct: images classified correctly, by name, where labels were given.
         executed: what onnxruntime runs. notes: what could not be compared, and why.
     """
@@ -129,24 +128,24 @@ class _Check:
         self.model = model
         self.was_training = model.training
 
-    def outputs(self, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
         """The output of everything that is compared, the model's first."""
         raise NotImplementedError
 
     def batch(self, images: Tensor, labels: Tensor | None) -> None:
         """Compare on one batch."""
         result = self.result
-        outputs = self.outputs(images, labels)
-        reference = outputs[MODEL].double().cpu()
+        outputs = {name: output.double().cpu() for name, output in self.outputs(images).items()}
         for name, output in outputs.items():
-            output = output.double().cpu()
             if labels is not None:
                 result.correct[name] = result.correct.get(name, 0) + int((output.argmax(1) == labels).sum())
-            if name == MODEL:
-                continue
-            result.outputs[name] = max(result.outputs.get(name, 0.0), float((output - reference).abs().max()))
-            same, total = result.top1.get(name, (0, 0))
-            result.top1[name] = (same + int((output.argmax(1) == reference.argmax(1)).sum()), total + len(output))
+        pairs = [(name, MODEL) for name in outputs if name != MODEL]
+        pairs += [(RUNTIME, EXACT)] if EXACT in outputs else []
+        for name, other in pairs:
+            one, two, key = outputs[name], outputs[other], f"{name} / {other}"
+            result.outputs[key] = max(result.outputs.get(key, 0.0), float((one - two).abs().max()))
+            same, total = result.top1.get(key, (0, 0))
+            result.top1[key] = (same + int((one.argmax(1) == two.argmax(1)).sum()), total + len(one))
 
     def of_model(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Codes]:
         """Output and codes of a model in eval mode, on its own device."""
@@ -169,7 +168,7 @@ class _Network(_Check):
         self.runtime = IntegerRuntime(self.network)
         self.layers = layers_by_run(self.network)
         self.exact = exact_copy(model)
-        self.proof = Comparison(f"{MODEL} in float64 / {RUNTIME}", None)
+        self.proof = Comparison(f"{EXACT} / {RUNTIME}", None)
         self.trained = Comparison(f"{MODEL} in float32 / {RUNTIME}", FLOAT32_STEPS)
         result.comparisons += [self.proof, self.trained]
         self.proto, allowed = self.onnx()
@@ -188,8 +187,8 @@ class _Network(_Check):
         """(the model for onnxruntime or None, how far from an edge it may differ where it rounds a bias)."""
         raise NotImplementedError
 
-    def outputs(self, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        _, codes = self.of_model(self.exact, images.double())
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
+        exact, codes = self.of_model(self.exact, images.double())
         self.runtime(images, compare_runtime(self.proof, codes, self.layers))
         output, codes = self.of_model(self.model, images)
         self.runtime(images, compare_runtime(self.trained, codes, self.layers))
@@ -200,7 +199,7 @@ class _Network(_Check):
             inputs[name], codes[name] = x, own
             return own
 
-        outputs = {MODEL: output, RUNTIME: self.runtime(images, keep)}
+        outputs = {MODEL: output, EXACT: exact, RUNTIME: self.runtime(images, keep)}
         if self.proto is None:
             return outputs
         outputs[ONNX] = run(self.free, images)
@@ -264,6 +263,6 @@ class _Program(_Check):
             raise ExportError(f"{path} is not a readable .pt2 file: {str(error).strip().splitlines()[0]}") from None
         result.notes.append("a .pt2 file shows no codes: outputs and classes only")
 
-    def outputs(self, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    def outputs(self, images: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             return {MODEL: self.of_model(self.model, images)[0], PROGRAM: self.program(images)}

@@ -18,7 +18,7 @@ def table(result: Verification) -> str:
         lines += ["", *_codes(result), ""]
     for name, difference in result.outputs.items():
         same, total = result.top1[name]
-        lines.append(f"{name}: outputs differ from the model's by at most {difference:.2g}, top-1 agrees on {same} of {total}")
+        lines.append(f"{name}: outputs differ by at most {difference:.2g}, top-1 agrees on {same} of {total}")
     if result.correct:
         lines.append("correct: " + ", ".join(f"{name} {count}" for name, count in result.correct.items()))
     if result.executed:

@@ -13,13 +13,12 @@ from profit.errors import ExportError
 from profit.export.compare import Comparison, layers_by_run
 from profit.export.network import Network, Step
 from profit.export.onnx_export import build_onnx
-from profit.export.onnx_layers import bias_rounding, container
+from profit.export.onnx_layers import FLOAT32_STEPS, bias_rounding, container, rounded_bias_steps
 from profit.export.onnx_operators import TRANSLATIONS
 from profit.export.onnx_runtime import codes_on, executed, load_onnx, run, session, with_given_codes
 from profit.export.operators import OPERATORS
 from profit.export.runtime import IntegerRuntime
 from profit.export.trace import trace_network
-from profit.export.verify import FLOAT32_STEPS
 from profit_kernels.testing import BandReport
 from tests.profit.conversion_nets import Between
 from tests.tolerances import EXPORT_FLOAT32, ONNX_OPERATOR
@@ -114,7 +113,10 @@ def test_integer_kernels(traced):
     assert comparison.total("differing") < 5e-2 * comparison.total("codes")
     kinds = executed(proto)
     assert kinds["QLinearConv"] + kinds["MatMulIntegerToFloat"] == len(network.layers) - len(float_layers)
-    assert kinds["MatMulIntegerToFloat"] == 1 and kinds["QLinearConv"] == 2 and kinds["ConvInteger"] == 0
+    assert kinds["MatMulIntegerToFloat"] == 1 and kinds["QLinearConv"] >= 1 and kinds["ConvInteger"] == 0
+    wide = float_layers.pop("wide", "")  # by chance: where the random BatchNorm behind it has a large factor
+    steps = rounded_bias_steps(network.layers["wide"], network.layers["project"])
+    assert wide == (f"its rounded bias could move the next codes by {steps:.2f} steps" if steps > 0.05 else "")
     assert float_layers == {
         "stem": "its input is not quantized",
         "dw": "its sum goes into hardswish",
@@ -131,15 +133,17 @@ def test_integer_kernels(traced):
     assert executed(given)["QLinearConv"] >= kinds["QLinearConv"], "what is compared is what runs"
 
 
-def test_relu6_below_the_interval_clips_the_codes(rng):
+def test_relu6_below_the_interval_clips_the_codes(rng, monkeypatch):
     """An interval above 6 leaves codes that ReLU6 never reaches; as clips of codes the two must still agree."""
+    monkeypatch.setattr("profit.export.onnx_layers.MAX_BIAS_STEPS", 0.4)  # whatever the random factors
     x = images(rng)
-    model = quantized(randomised(Edges(), rng), x, act_bits=8)
+    model = quantized(randomised(Edges(), rng), x)
     model.wide.input_quantizer.set_range(9.0)
     with torch.no_grad():
-        model.bn3.weight.mul_(8.0)
+        model.bn3.weight.fill_(4.0)
+        model.bn3.running_var.clamp_(min=0.1)
     network = trace_network(model, x)
-    largest = round(6 / 9 * 255)
+    largest = round(6 / 9 * 15)
     seen = {}
     IntegerRuntime(network)(x, lambda name, value, own: seen.setdefault(name, own))
     assert seen["wide"].max() == largest

@@ -177,6 +177,9 @@ def test_loading_into_the_wrong_model(packed, tmp_path, rng):
     other = quantized(randomised(Edges(), rng), x, overrides={"wide": {"skip": True}})
     with pytest.raises(ExportError, match="has other quantized layers than the model"):
         profit.load_packed_(other, path)
+    other = quantized(randomised(Edges(), rng), x, padding="zero")
+    with pytest.raises(ExportError, match="layer 'dw' has pad_value -0.375, the model 0.0"):
+        profit.load_packed_(other, path)
     write_packed(tmp_path / "lean.safetensors", trace_network(model, x))
     with pytest.raises(ExportError, match="exported without what a model needs .restorable=False."):
         profit.load_packed_(Edges(), tmp_path / "lean.safetensors")
