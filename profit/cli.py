@@ -1,4 +1,4 @@
-"""The command line: `profit train`, `evaluate`, `report`, `doctor`.
+"""The command line: `profit train`, `evaluate`, `export`, `verify`, `report`, `doctor`.
 
 Heavy imports are inside the commands: `profit --help` answers at once.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ import typer
 
 from profit.errors import ProfitError
 
-EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     help="Train mobile networks at 4 bits and below with PROFIT (Park & Yoo, ECCV 2020).",
@@ -29,7 +30,20 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Change one value of the recipe; may be repeated."),
 ]
+
+
+class Format(StrEnum):
+    """What `export` writes."""
+
+    packed = "packed"
+    onnx = "onnx"
+    torch = "torch"
+
+
 Run = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
+Checkpoint = Annotated[
+    str | None, typer.Option(help="best, best_ema, last or a weight file; the final model by default.")
+]
 
 
 @app.command()
@@ -84,9 +98,7 @@ def train(
 @app.command()
 def evaluate(
     run: Run,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="best, best_ema, last or a weight file; the final model by default.")
-    ] = None,
+    checkpoint: Checkpoint = None,
     data: Annotated[str | None, typer.Option(help="A folder of images or a data set name; the run's own by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     overrides: Overrides = None,
@@ -106,6 +118,47 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="The file to write.", show_default=False)],
+    format: Annotated[Format, typer.Option(help="What to write.", show_default=False)],
+    checkpoint: Checkpoint = None,
+    opset: Annotated[int, typer.Option(help="onnx: 13 to 25; 4-bit types need 21, 2-bit types 25.")] = 21,
+    integer: Annotated[
+        bool, typer.Option("--integer", help="onnx: the variant that onnxruntime runs with integer kernels.")
+    ] = False,
+    restorable: Annotated[
+        bool, typer.Option(help="packed: keep what loading the file into a model again needs.")
+    ] = True,
+) -> None:
+    """Export the network of a run: packed in true bit widths, as ONNX, or by torch.export.
+
+    [dim]profit export runs/a --format packed --out a.safetensors[/dim]
+    """
+    from profit.export.command import export_run
+
+    print(export_run(run, out, format.value, checkpoint=checkpoint, opset=opset, integer=integer, restorable=restorable))
+
+
+@app.command()
+def verify(
+    exported: Annotated[Path, typer.Argument(help="A file that export wrote.", show_default=False)],
+    against: Annotated[Path, typer.Option(help="The run folder it was exported from.", show_default=False)],
+    checkpoint: Checkpoint = None,
+    images: Annotated[int | None, typer.Option(help="Use this many of the run's test images; all by default.")] = None,
+    trust: Annotated[bool, typer.Option("--trust", help="Open a .pt2 file, which can run code of whoever made it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare an exported file with its run on real images; exit status 1 if rounding does not explain a difference."""
+    from profit.export.command import verify_run
+
+    result = verify_run(exported, against, checkpoint=checkpoint, images=images, trust=trust)
+    print(json.dumps(result.to_dict()) if as_json else result)
+    if result.failures():
+        raise typer.Exit(EXIT_DIFFERENT)
+
+
+@app.command()
 def report(run: Run) -> None:
     """Write report.html of a run from its results.json."""
     from profit.report import write_report
@@ -122,7 +175,10 @@ def doctor() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0, 2 for an error told in one line, 130 for Ctrl-C."""
+    """Run the command line and return the exit status.
+
+    0; 1 where `verify` found a difference; 2 for an error told in one line; 130 for Ctrl-C.
+    """
     try:
         app(args=None if argv is None else list(argv), prog_name="profit")
     except ProfitError as error:

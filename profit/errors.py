@@ -33,15 +33,22 @@ class TrainingError(ProfitError):
     """Training cannot go on (a loss that is not finite, ...)."""
 
 
-# What `profit` imports beyond its base dependencies: the extra `train`.
+class ExportError(ProfitError):
+    """A model (or one named layer of it) cannot be exported, or an exported file cannot be used."""
+
+
+# What `profit` imports beyond its base dependencies: the extras `train` and `export`.
 _TRAIN_PACKAGES = frozenset(
     "typer rich yaml timm torchvision sklearn scipy matplotlib jinja2 tensorboard safetensors PIL".split()
 )
+_EXPORT_PACKAGES = frozenset(("onnx", "onnxruntime"))
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
-    """What to install where a package of the extra `train` is missing; None if it is another module."""
+    """What to install where a package of an extra is missing; None if it is another module."""
     package = (error.name or "").partition(".")[0]
+    if package in _EXPORT_PACKAGES:
+        return f"the package {package} is not installed: pip install 'profit-kernels[export]' brings what export to ONNX needs"
     if package not in _TRAIN_PACKAGES:
         return None
     return f"the package {package} is not installed: pip install 'profit-kernels[train]' brings all that training needs"

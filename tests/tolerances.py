@@ -86,7 +86,8 @@ KL_OF_NOTHING = 1e-9
 # Two processes against one in float64: sums in another order, over a few steps of training; the scores pass through float32.
 PROCESSES = {"rtol": 1e-6, "atol": 1e-9}
 # KL against a layer's old output from a convolution that sums in another order: r - 1 in KL = (r - 1)^2 / 4 is off by
-# a rounding of the outputs over the deviation. In half precision single outputs round the other way: a unit in the last place of few.
+# a rounding of the outputs over the deviation. In half precision single outputs round the other way: one unit in the last
+# place of few.
 KL_CONV_KERNEL = {
     torch.float32: KL_CONV,
     torch.bfloat16: {"rtol": 1e-2, "atol": 1e-5},
@@ -94,3 +95,12 @@ KL_CONV_KERNEL = {
 }
 # KL with identical weights: the order of summation alone, in the dtype of the outputs.
 KL_SAME_WEIGHT = {torch.float32: 1e-11, torch.bfloat16: 1e-5, torch.float16: 1e-7}
+# The integer runtime in float64 against the model in float64: integers times a scale, and float sums of up to a few hundred
+# products; what is left is the rounding of float64.
+EXPORT_CONV64 = {"rtol": 1e-9, "atol": 1e-9}
+# The same in float32 where a code at an edge may turn over: one step of an 8-bit code moves an output of order 1 by below 0.05.
+EXPORT_FLOAT32_LOGITS = {"rtol": 0.02, "atol": 0.05}
+# onnxruntime in float32 against the runtime in float64, all codes equal: float sums between the layers and in the last one.
+EXPORT_FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
+# One operator in onnxruntime against PyTorch in float32, behind and in front of a 1x1 convolution.
+ONNX_OPERATOR = {"rtol": 1e-5, "atol": 1e-5}

@@ -1,0 +1,125 @@
+"""Running exported ONNX files under onnxruntime: their output, what it executes, and codes layer by layer."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ExportError
+from .compare import Codes
+from .onnx_operators import require
+
+
+def load_onnx(path: str | Path) -> Any:
+    """The onnx.ModelProto of a file.
+
+    Raises:
+        ExportError: no such file, not ONNX, or onnx is missing.
+    """
+    onnx = require("onnx")
+    from google.protobuf.message import DecodeError
+
+    path = Path(path)
+    if not path.is_file():
+        raise ExportError(f"there is no ONNX file {path}")
+    try:
+        proto = onnx.load_model_from_string(path.read_bytes())
+        onnx.checker.check_model(proto)
+    except (DecodeError, onnx.checker.ValidationError) as error:
+        raise ExportError(f"{path} is not a readable ONNX file: {str(error).strip().splitlines()[0]}") from None
+    return proto
+
+
+def session(proto: Any, threads: int = 0, optimized: str | None = None, config: dict[str, str] | None = None) -> Any:
+    """An onnxruntime.InferenceSession on the CPU.
+
+    Args:
+        threads: 0 lets onnxruntime choose.
+        optimized: where to write the graph that it will really run.
+        config: session configuration entries.
+
+    Raises:
+        ExportError: onnxruntime is missing or refuses the model.
+    """
+    ort = require("onnxruntime")
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    if optimized is not None:
+        options.optimized_model_filepath = optimized
+    for key, value in (config or {}).items():
+        options.add_session_config_entry(key, value)
+    refusals = (errors.Fail, errors.InvalidGraph, errors.InvalidArgument, errors.NotImplemented, errors.RuntimeException)
+    try:
+        return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except refusals as error:
+        raise ExportError(f"onnxruntime {ort.__version__} refuses the model: {str(error).strip().splitlines()[0]}") from None
+
+
+def run(running: Any, images: Tensor) -> Tensor:
+    """The output for float32 images."""
+    return torch.from_numpy(running.run(["output"], {"input": images.float().numpy()})[0])
+
+
+def executed(proto: Any) -> Counter[str]:
+    """How many nodes of each kind onnxruntime really runs, after its optimizations."""
+    onnx = require("onnx")
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "optimized.onnx")
+        session(proto, optimized=path)
+        return Counter(node.op_type for node in onnx.load_model(path).graph.node)
+
+
+def with_given_codes(proto: Any, shapes: dict[str, tuple[int, ...]]) -> Any:
+    """A copy of an exported model whose layers read codes that are given, and which returns the codes it would have used.
+
+    Args:
+        shapes: shape of each run's codes, the first size being that of the batch.
+
+    Raises:
+        ExportError: the model has no quantizer of a name given.
+    """
+    onnx = require("onnx")
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    graph = copy.graph
+    readers = {node.input[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1), "given/one"))
+    forced, seen = [], []
+    for name, shape in shapes.items():
+        codes = readers.get(f"{name}/codes")
+        if codes is None:
+            raise ExportError(f"the ONNX file has no quantizer {name!r}: it was not exported from this network")
+        zero = f"{name}/zero"
+        given = onnx.helper.make_tensor_value_info(f"{name}/given", onnx.TensorProto.FLOAT, ["batch", *shape[1:]])
+        graph.input.append(given)
+        graph.output.append(onnx.helper.make_tensor_value_info(f"{name}/seen", onnx.TensorProto.FLOAT, ["batch", *shape[1:]]))
+        forced.append(onnx.helper.make_node("QuantizeLinear", [f"{name}/given", "given/one", zero], [f"{name}/forced"]))
+        seen.append(onnx.helper.make_node("DequantizeLinear", [f"{name}/codes", "given/one", zero], [f"{name}/seen"]))
+        codes.input[0] = f"{name}/forced"
+    nodes = [*forced, *graph.node, *seen]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    return copy
+
+
+def codes_on(running: Any, images: Tensor, given: Codes) -> Codes:
+    """Codes that a session of :func:`with_given_codes` computes, every layer on the given codes in front of it."""
+    names = list(given)
+    feeds = {f"{name}/given": value.float().numpy() for name, value in given.items()}
+    outputs = running.run([f"{name}/seen" for name in names], {"input": images.float().numpy(), **feeds})
+    return {name: torch.from_numpy(value).round().to(torch.int32) for name, value in zip(names, outputs, strict=True)}
+
+
+def describe(counts: Iterable[tuple[str, int]]) -> str:
+    """"12 QLinearConv, 3 Conv", most frequent first."""
+    return ", ".join(f"{count} {op}" for op, count in sorted(counts, key=lambda item: (-item[1], item[0])))

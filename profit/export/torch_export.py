@@ -1,0 +1,50 @@
+"""`torch.export` of a converted model, its quantizers decomposed into ordinary operators: a .pt2 file needs torch alone."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from profit_kernels import use_backend
+
+from ..errors import ExportError
+from ..quantize import quant_layers
+from .trace import checked_layers, example_images, export_program, plain_copy
+
+
+def export_torch(model: nn.Module, path: str | Path, example_inputs: Any) -> int:
+    """Write a quantized model as a .pt2 file of torch.export; returns its size in bytes.
+
+    The program computes what the model computes on the reference backend, bit for bit, for any number of images. Inputs are
+    quantized by ordinary operators; weights are stored as the floats that they quantize to.
+
+    Args:
+        model: converted and calibrated; it is not changed.
+        path: replaced whole, or not at all.
+        example_inputs: images [N, C, H, W] (or a tuple of one such tensor) of the size the network is for.
+
+    Raises:
+        ExportError: nothing is quantized, or torch.export cannot follow the model. ProfitError: cannot be written.
+    """
+    from ..train.files import write_atomic
+
+    checked_layers(model)
+    plain = plain_copy(model)
+    with torch.no_grad(), use_backend("reference"):  # plain operators, where a kernel would be an operator of this package
+        for layer in quant_layers(plain).values():
+            # Weights do not change any more: quantized here, not in every forward of the program.
+            layer.weight.data = layer.quantized_weight().detach()
+            layer.set_weight_bits(None)
+        program = export_program(plain, example_images(example_inputs))
+    ours = sorted({str(node.target) for node in program.graph.nodes if str(node.target).startswith("profit_")})
+    if ours:
+        raise ExportError(f"{ours[0]} would need this package to run: it has no reference that torch.export decomposes")
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    data = buffer.getvalue()
+    write_atomic(path, data)
+    return len(data)

@@ -1,0 +1,120 @@
+"""What cannot be exported is refused in one line, by name."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import profit
+from profit.errors import ExportError
+from profit.export.trace import trace_network
+from tests.profit.conversion_nets import Between, Mobile, Whole
+
+from .nets import Edges, images, quantized, randomised
+
+
+def between(rng, function, **modules):
+    x = images(rng, 4)
+    return quantized(randomised(Between(function, **modules), rng), x), x
+
+
+OPERATORS = {
+    "an unknown operator": (lambda net, y: torch.cumsum(y, 1), "the model: cumsum.default is not among the operators"),
+    "over the batch": (lambda net, y: y - y.mean(0), "mean.dim cannot be exported over the images of the batch"),
+    "a comparison": (lambda net, y: torch.where(y > 0, y, 0.5 * y), "gt.Scalar"),
+    "images as channels": (lambda net, y: y.reshape(1, -1, 12, 12).relu().reshape(y.shape), "must stay dimension 0"),
+    "images first and channels": (lambda net, y: y.reshape(-1, 1, 12, 12).relu().reshape(y.shape), "must stay dimension 0"),
+    "data decides": (lambda net, y: y if y.sum() > 0 else -y, "torch.export cannot follow the model with a free number"),
+    "uneven pooling": (lambda net, y: F.adaptive_avg_pool2d(y, 5), "its windows overlap"),
+    "reflection": (lambda net, y: F.pad(y, (1, 1, 1, 1), mode="reflect"), "reflect"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators(name, rng):
+    function, message = OPERATORS[name]
+    model, x = between(rng, function)
+    with pytest.raises(ExportError, match=message) as caught:
+        trace_network(model, x)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_module_is_named(rng):
+    class Odd(nn.Module):
+        def forward(self, y):
+            return torch.cumsum(y, 1)
+
+    model, x = between(rng, lambda net, y: net.odd(y), odd=Odd())
+    with pytest.raises(ExportError, match="module 'odd': cumsum"):
+        trace_network(model, x)
+
+
+def test_models_that_are_not_quantized(case, rng):
+    _, x = case
+    with pytest.raises(ExportError, match="the model is not quantized: it has no quantized layer; convert it with quantize_"):
+        trace_network(Mobile(), x)
+    model = Edges()
+    profit.quantize_(model, profit.DuQConfig(weight_bits=None, act_bits=None), example_inputs=(x[:1],))
+    with pytest.raises(ExportError, match="the model is not quantized yet: every layer's weight is in full precision"):
+        trace_network(model, x)
+    profit.set_bits(model, weight_bits=4, act_bits=4)
+    with pytest.raises(ExportError, match="the input of layer 'dw' has no range yet: run calibrate_"):
+        trace_network(model, x)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "kind"), [("lsq", "LSQWeight"), ("pact", "PACTWeight"), ("qil", "QILWeight"), ("lsq+", "LSQPlusWeight")]
+)
+def test_the_baselines(quantizer, kind, rng):
+    x = images(rng, 4)
+    model = quantized(randomised(Edges(), rng), x, quantizer=quantizer)
+    with pytest.raises(ExportError, match=f"layer '(stem|dw)': its quantizer is {kind}.*; only DuQ can be exported"):
+        trace_network(model, x)
+
+
+def test_layers(rng, case):
+    x = images(rng, 4)
+    model = quantized(randomised(Edges(), rng), x)
+    model.wide.pad_value = -0.1
+    with pytest.raises(ExportError, match="layer 'wide': it pads with -0.1, which is neither 0 nor the value of code 0"):
+        trace_network(model, x)
+    net = Between(lambda net, y: y)
+    net.a = nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")
+    model = quantized(randomised(net, rng), x)
+    with pytest.raises(ExportError, match="layer 'a': padding_mode='reflect' cannot be exported"):
+        trace_network(model, x)
+    model = quantized(randomised(Edges(), rng), x)
+    with torch.no_grad():
+        model.dw.weight[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ExportError, match="layer 'dw': its quantized weight is not finite"):
+        trace_network(model, x)
+    with pytest.raises(ExportError, match="is torch.bfloat16: export a float32 model"):
+        trace_network(quantized(randomised(Edges(), rng), x).bfloat16(), x)
+
+
+def test_outputs_and_inputs(rng, case):
+    x = images(rng, 4)
+    model = quantized(randomised(Whole(lambda net, x: (net.b(net.a(x)), net.a(x))), rng), x)
+    with pytest.raises(ExportError, match="the model returns 2 values"):
+        trace_network(model, x)
+    model, x = case
+    for wrong in (None, x[0], "image", (x, x)):
+        with pytest.raises(TypeError, match=r"example_inputs must be images \[N, C, H, W\]"):
+            trace_network(model, wrong)
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
+def test_a_missing_package_is_named_with_its_extra(package, case, tmp_path, monkeypatch):
+    model, x = case
+    monkeypatch.setitem(sys.modules, package, None)
+    message = f"the package {package} is not installed: pip install 'profit-kernels.export.'"
+    if package == "onnx":
+        with pytest.raises(ExportError, match=message):
+            profit.export_onnx(model, tmp_path / "net.onnx", x)
+    profit.export_packed(model, tmp_path / "net.safetensors", x)
+    result = profit.verify(tmp_path / "net.safetensors", model, [x])
+    assert any(package in note and "profit-kernels[export]" in note for note in result.notes) and not result.failures()
