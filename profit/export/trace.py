@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..blocks import unfuse_
 from ..errors import CalibrationError, ExportError
 from ..nn import QuantConv2d, QuantLayer, weight_batch
 from ..quantize import quant_layers, swap_modules
@@ -109,9 +110,10 @@ def example_images(example_inputs: Any) -> Tensor:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode on the CPU whose layers work one by one, without in-place activations."""
+    """A copy in eval mode on the CPU whose layers work one by one, BatchNorm included, without in-place activations."""
     plain = copy.deepcopy(model).cpu().eval()
     weight_batch.detach(plain)
+    unfuse_(plain)
     for module in plain.modules():
         if getattr(module, "inplace", None) is True:
             module.inplace = False

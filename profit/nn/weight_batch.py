@@ -74,11 +74,12 @@ def attach(model: nn.Module) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Undo `attach`: every layer quantizes its own weight. For exporters, which follow one layer at a time."""
-    for hooks, function in ((model._forward_pre_hooks, quantize_weights), (model._forward_hooks, end_forward)):
-        for key in [k for k, hook in hooks.items() if hook is function]:
-            del hooks[key]
-            model._forward_hooks_always_called.pop(key, None)
-    for layer in model.modules():
-        if isinstance(layer, QuantLayer):
-            layer.batched_weight = None
+    """Undo `attach` in `model` and all it contains: every layer quantizes its own weight. For exporters, which follow one
+    layer at a time."""
+    for module in model.modules():
+        for hooks, function in ((module._forward_pre_hooks, quantize_weights), (module._forward_hooks, end_forward)):
+            for key in [k for k, hook in hooks.items() if hook is function]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+        if isinstance(module, QuantLayer):
+            module.batched_weight = None
