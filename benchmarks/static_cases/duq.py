@@ -72,12 +72,23 @@ def _weights(data: str, dtype: str, warp: int) -> list[StaticCase]:
             {"BLOCK": weights_launch.BLOCK}, **common,
         ),
     ]  # fmt: skip
-    if dtype == "fp32":  # the sums are float32 whatever the weights are
-        found.append(
+    if dtype == "fp32":  # the sums are float32 whatever the data are
+        options = {"dtype": "fp64", "num_warps": 1, "contracted": True}
+        found += [
             StaticCase(
                 "duq_weights_finish", weights_kernels.duq_weights_finish,
                 {"interval_ptr": "*i64", "partial_ptr": "*fp32", "raw_ptr": "*fp32", "g_ptr": "*fp32", "pieces": "i32"},
-                {"BLOCK": weights_launch.FINISH_BLOCK}, dtype="fp64", note="all of a net", num_warps=1, contracted=True,
-            )
-        )  # fmt: skip
+                {"BLOCK": launch.FINISH_BLOCK}, note="all of a net", **options,
+            ),
+            StaticCase(
+                "duq_intervals", kernels.duq_intervals,
+                dict.fromkeys(("a_ptr", "c_ptr", "A_ptr", "C_ptr"), "*fp32") | {"n": "i32"},
+                {"BLOCK": launch.INTERVALS_BLOCK}, note="per channel", **options,
+            ),
+            StaticCase(
+                "duq_finish", kernels.duq_finish,
+                dict.fromkeys(("partial_ptr", "a_ptr", "c_ptr", "ga_ptr", "gc_ptr"), "*fp32") | {"blocks": "i32"},
+                {"BLOCK": launch.FINISH_BLOCK}, note="one quantizer", **options,
+            ),
+        ]  # fmt: skip
     return found

@@ -34,10 +34,11 @@ struct Quantizer {
   bool is_ordinary() const { return T(0x1p-60) < A && A < T(0x1p60); }
 };
 
-// As torch.nn.functional.softplus: the identity above 20, where the difference is below one unit in the last place.
+// As torch.nn.functional.softplus of a double: the identity above 20. A float goes through double, so that every backend has
+// the same bits, which decide the codes.
 template <typename T>
 T softplus(T v) {
-  return v > T(20) ? v : std::log1p(std::exp(v));
+  return v > T(20) ? v : static_cast<T>(std::log1p(std::exp(static_cast<double>(v))));
 }
 
 inline double sigmoid(double v) { return 1.0 / (1.0 + std::exp(-v)); }

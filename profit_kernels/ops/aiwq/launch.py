@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -173,7 +172,7 @@ def conv_kl(
     A = C = x  # never read
     s, lo = 1.0, 0.0
     if act_bits is not None:
-        A, C = F.softplus(a_x.float()), F.softplus(c_x.float())
+        A, C = duq.intervals(a_x, c_x)
         s, lo = float(steps(act_bits, signed)), -1.0 if signed else 0.0
     # [taps or input channels, channels]: lanes read neighbouring channels.
     weight = weight_old.to(y_new.dtype).reshape(channels, -1).t().contiguous()

@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..duq import launch as duq
-from ..duq.launch import WARPS, _raw_gradient, on_device, threads, warp_size
+from ..duq.launch import WARPS, interval_gradients, intervals, on_device, threads, warp_size
 from ..duq.reference import steps
 from . import kernels, layout
 
@@ -135,7 +134,7 @@ def _call(
     return _Call(
         x.contiguous(memory_format=chosen), chosen == torch.channels_last, weight.shape[0], tuple(weight.shape[2:]), stride,
         dilation, pads[2], pads[0], out_size,
-        F.softplus(a.float()) if quantize else None, F.softplus(c.float()) if quantize else None,
+        *(intervals(a, c) if quantize else (None, None)),
         (float(steps(bits, signed)) if quantize else 1.0, -1.0 if signed else 0.0, offset), activation,
     )  # fmt: skip
 
@@ -163,11 +162,11 @@ def _forward(call: _Call, weight: Tensor, bias: Tensor | None, pad_value: float)
 
 
 def _grad_input(call: _Call, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(gx, the sums [2] of dL/dA and dL/dC in float64 or None)."""
+    """(gx, the partial sums [2, programs] of dL/dA and dL/dC, or None)."""
     x, channels = call.x, call.x.shape[1]
     gx = torch.empty_like(x)
     if x.numel() == 0:
-        return gx, None if call.interval is None else torch.zeros(2, dtype=torch.float64, device=x.device)
+        return gx, None if call.interval is None else torch.zeros(2, 1, device=x.device)
     (sh, sw), (height, width) = call.stride, x.shape[2:]
     chosen = call.tile(channels, input_cols(sw))
     # Rows are counted in output rows, each of which finishes sh input rows; the first may begin in the border.
@@ -182,7 +181,7 @@ def _grad_input(call: _Call, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tens
             COLS=chosen.cols, POS=chosen.pos, BLOCK_C=chosen.block_c, ALIGN=chosen.align, num_warps=WARPS,
             **call.constants,
         )  # fmt: skip
-    return gx, None if partial is None else partial.sum(dim=(1, 2), dtype=torch.float64)
+    return gx, None if partial is None else partial.view(2, -1)
 
 
 def _grad_weight(call: _Call, grad: Tensor, weight: Tensor, pad_value: float) -> tuple[Tensor, Tensor]:
@@ -265,7 +264,7 @@ def duq_depthwise_backward(
     gx, sums = _grad_input(call, grad, _quantized_weight(weight, a_w, c_w, weight_bits))
     ga_x = gc_x = ga_w = gc_w = None
     if sums is not None:
-        ga_x, gc_x = _raw_gradient(sums[0], a_x), _raw_gradient(sums[1], c_x)
+        ga_x, gc_x = interval_gradients(sums, a_x, c_x)
     gw, gb = _grad_weight(call, grad, weight, pad_value) if need_weight else (None, _grad_bias(grad, bias is not None))
     if need_weight and weight_bits is not None:
         gw, ga_w, gc_w = duq.backward(gw, weight, a_w, c_w, weight_bits, True, 0.0, "none")

@@ -26,6 +26,23 @@ def _work(inner, blocks, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _softplus(raw):
+    """Through float64, which has no log1p here: exact to float32 all the same. The identity above 20; a NaN stays."""
+    e = tl.exp(tl.minimum(raw, 20.0).to(tl.float64))
+    value = tl.where(raw < -16.0, e - 0.5 * e * e, tl.log(1.0 + e)).to(tl.float32)
+    return tl.where(raw <= 20.0, value, raw)
+
+
+@triton.jit
+def duq_intervals(a_ptr, c_ptr, A_ptr, C_ptr, n, BLOCK: tl.constexpr):
+    """A and C from raw a and c, n each."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = at < n
+    tl.store(A_ptr + at, _softplus(tl.load(a_ptr + at, mask=live, other=0.0)), mask=live)
+    tl.store(C_ptr + at, _softplus(tl.load(c_ptr + at, mask=live, other=0.0)), mask=live)
+
+
+@triton.jit
 def duq_forward(
     x_ptr, A_ptr, C_ptr, y_ptr, inner, blocks, s, lo, offset, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -69,6 +86,22 @@ def duq_backward(
         sum_C += term_C
     tl.store(partial_ptr + tl.program_id(0), -tl.sum(sum_A))
     tl.store(partial_ptr + tl.num_programs(0) + tl.program_id(0), tl.div_rn(tl.sum(sum_C), s))
+
+
+@triton.jit
+def duq_finish(partial_ptr, a_ptr, c_ptr, ga_ptr, gc_ptr, blocks, BLOCK: tl.constexpr):
+    """Sums the `blocks` partial sums of channel k in a fixed order, in float64, and multiplies by softplus' = sigmoid."""
+    k = tl.program_id(0)
+    sums = partial_ptr + k * blocks
+    sum_A = tl.zeros([BLOCK], dtype=tl.float64)
+    sum_C = tl.zeros([BLOCK], dtype=tl.float64)
+    for start in range(0, blocks, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        sum_A += tl.load(sums + at, mask=at < blocks, other=0.0).to(tl.float64)
+        sum_C += tl.load(sums + tl.num_programs(0) * blocks + at, mask=at < blocks, other=0.0).to(tl.float64)
+    a, c = tl.load(a_ptr + k).to(tl.float64), tl.load(c_ptr + k).to(tl.float64)
+    tl.store(ga_ptr + k, (tl.sum(sum_A) / (1.0 + tl.exp(-a))).to(tl.float32))
+    tl.store(gc_ptr + k, (tl.sum(sum_C) / (1.0 + tl.exp(-c))).to(tl.float32))
 
 
 @triton.jit

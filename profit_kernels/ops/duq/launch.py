@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
@@ -13,6 +12,8 @@ from . import kernels
 from .reference import refuse_nan, steps
 
 WARPS = 4
+FINISH_BLOCK = 256
+INTERVALS_BLOCK = 256
 TILES = 8  # blocks of the backward that one program adds up before it writes its partial sums
 
 
@@ -58,6 +59,17 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
+def intervals(a: Tensor, c: Tensor, count: int = 1) -> tuple[Tensor, Tensor]:
+    """(A, C), float32 [count] each, from raw a and c of one value or `count`. One launch."""
+    raws = [raw.float().expand(count).contiguous() for raw in (a, c)]
+    A, C = (torch.empty_like(raw) for raw in raws)
+    with on_device(A):
+        kernels.duq_intervals[(triton.cdiv(count, INTERVALS_BLOCK),)](
+            *raws, A, C, count, BLOCK=INTERVALS_BLOCK, num_warps=1, enable_fp_fusion=False
+        )
+    return A, C
+
+
 class _Call:
     """What the three launches of DuQ have in common: the tensor as the kernels can walk it, and their numbers."""
 
@@ -66,7 +78,7 @@ class _Call:
     ) -> None:
         self.channels = x.shape[0] if max(raw.numel() for raw in raws) > 1 else 1
         self.source = channels_outermost(dense(x), self.channels > 1)
-        self.intervals = [F.softplus(raw.float()).expand(self.channels).contiguous() for raw in raws]
+        self.intervals = intervals(raws[0], raws[-1], self.channels)
         inner = x.numel() // self.channels
         self.block = min(block, triton.next_power_of_2(inner))  # a depthwise filter has 9 weights a channel
         self.tiles = min(tiles, triton.next_power_of_2(triton.cdiv(inner, self.block)))
@@ -109,9 +121,26 @@ def backward(
             like(grad, call.source), call.source, *call.intervals, gx, partial, *call.numbers,
             ACTIVATION=activation, BLOCK=call.block, TILES=call.tiles, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
-    gA, gC = partial.view(2, call.channels, -1).sum(dim=2, dtype=torch.float64)
-    ga, gc = (_raw_gradient(total, raw) for total, raw in ((gA, a), (gC, c)))
-    return gx if gx is out else out.copy_(gx), ga, gc
+    return gx if gx is out else out.copy_(gx), *interval_gradients(partial, a, c)
+
+
+def interval_gradients(partial: Tensor, a: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """(dL/da, dL/dc) from the partial sums of dL/dA and dL/dC, [2, channels * blocks]: one channel, or one per value of a, c.
+
+    One launch where both raw parameters have a value per channel, as activations always do; a few where one is shared.
+    """
+    channels = max(a.numel(), c.numel())
+    if a.numel() == c.numel():
+        raws = [raw.float().contiguous() for raw in (a, c)]
+        ga, gc = (torch.empty_like(raw) for raw in raws)
+        with on_device(partial):
+            kernels.duq_finish[(channels,)](
+                partial, *raws, ga, gc, partial.numel() // (2 * channels),
+                BLOCK=FINISH_BLOCK, num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
+        return ga.to(a.dtype), gc.to(c.dtype)
+    gA, gC = partial.view(2, channels, -1).sum(dim=2, dtype=torch.float64)
+    return _raw_gradient(gA, a), _raw_gradient(gC, c)
 
 
 def _raw_gradient(total: Tensor, raw: Tensor) -> Tensor:
@@ -129,7 +158,7 @@ def codes(x: Tensor, a: Tensor, bits: int, signed: bool, offset: float, activati
     nans = torch.empty(call.programs, dtype=torch.int32, device=x.device)
     with on_device(x):
         kernels.duq_codes[(call.programs,)](
-            call.source, *call.intervals, y, nans, *call.numbers,
+            call.source, call.intervals[0], y, nans, *call.numbers,
             ACTIVATION=activation, BLOCK=call.block, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     refuse_nan(bool(nans.any()))

@@ -54,8 +54,11 @@ def activate_grad(x: Tensor, activation: str) -> Tensor:
 
 
 def interval(raw: Tensor, x: Tensor) -> Tensor:
-    """softplus(raw) in the compute dtype, shaped to broadcast over dimension 0 of x where there is one value per channel."""
-    value = F.softplus(raw.to(compute_dtype(x)))
+    """softplus(raw) in the compute dtype, shaped to broadcast over dimension 0 of x where there is one value per channel.
+
+    Through float64: softplus in float32 differs in its last bit from one vector lane to the next, and with it codes would.
+    """
+    value = F.softplus(raw.double()).to(compute_dtype(x))
     return value.view(-1, *[1] * (x.dim() - 1)) if raw.numel() > 1 else value.view([1] * x.dim())
 
 

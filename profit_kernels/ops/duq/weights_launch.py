@@ -1,7 +1,7 @@
 """Launchers of the Triton kernels that quantize all weights of a net.
 
 Forward and backward each quantize all of them in one launch. Beside it stand those that are few whatever the number of
-weights: two for softplus of the intervals and, in the backward, one that gathers the upstream gradients and one that sums
+weights: two for the intervals and, in the backward, one that gathers the upstream gradients and one that sums
 the pieces of each interval. The tables that tell where the weights lie are made once, since parameters stay where they are;
 under CUDA graph capture they must exist already, which the usual warm-up sees to.
 """
@@ -12,15 +12,13 @@ import functools
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import weights_kernels as kernels
-from .launch import WARPS, channels_outermost, dense, like, on_device
+from .launch import FINISH_BLOCK, WARPS, channels_outermost, dense, intervals, like, on_device
 from .reference import steps
 
 BLOCK = 1024
-FINISH_BLOCK = 256
 
 
 @functools.lru_cache(maxsize=16)
@@ -47,8 +45,7 @@ def _tables(rows: tuple[tuple[int, ...], ...], itemsize: int, device: torch.devi
 class _Layout:
     """The weights as the kernels can walk them (copies live as long as this object), their tables and intervals.
 
-    raw, value: [2, intervals], all a and all c, before and after softplus. Torch's softplus, as on every other path: the
-    same bits decide the codes.
+    raw: [2, intervals], all a and all c. A, C: their softplus.
     """
 
     def __init__(self, weights: list[Tensor], a: list[Tensor], c: list[Tensor], bits: list[int]) -> None:
@@ -56,7 +53,7 @@ class _Layout:
         self.sources = [channels_outermost(dense(w), k > 1) for w, k in zip(weights, self.counts, strict=True)]
         values = [raw.float().expand(k) for raws in (a, c) for raw, k in zip(raws, self.counts, strict=True)]
         self.raw = torch.cat(values).view(2, -1)
-        self.A, self.C = F.softplus(self.raw)
+        self.A, self.C = intervals(*self.raw, self.raw.shape[1])
         rows = zip(self.sources, self.counts, bits, strict=True)
         self.pieces, self.intervals = _tables(
             tuple((w.data_ptr(), w.numel(), k, steps(b, True)) for w, k, b in rows),
