@@ -30,15 +30,28 @@ def relative_l2(what: str, actual: Tensor, expected: Tensor, allowed: float) -> 
         raise WrongResult(
             f"wrong result: {what} is {actual.dtype} {tuple(actual.shape)}, not {expected.dtype} {tuple(expected.shape)}"
         )
-    size = torch.linalg.vector_norm(expected, dtype=torch.float32)
-    apart = float(torch.linalg.vector_norm(actual.float() - expected.float()) / size.clamp(min=1e-30))
+    apart = distance_l2(actual, expected)
     if not apart <= allowed:  # a NaN is wrong, too
         raise WrongResult(f"wrong result: {what} is {apart:.2g} from the reference (relative L2), {allowed:g} allowed")
 
 
-def interval(what: str, actual: Tensor, expected: Tensor, grad: Tensor) -> None:
-    """Raise WrongResult unless the gradients of a raw interval agree as sums over `grad` can."""
-    slack = INTERVAL[grad.dtype] * (float(torch.linalg.vector_norm(grad, dtype=torch.float32)) + float(expected.abs().max()))
+def distance_l2(actual: Tensor, expected: Tensor) -> float:
+    """|actual - expected| / |expected|."""
+    size = torch.linalg.vector_norm(expected, dtype=torch.float32).clamp(min=1e-30)
+    return float(torch.linalg.vector_norm(actual.float() - expected.float()) / size)
+
+
+def nudged(x: Tensor) -> Tensor:
+    """x with a last bit moved up or down, of every value in float32 and of one in 64 in half precision."""
+    up = torch.randint_like(x, 2, dtype=torch.int8).bool()
+    moved = torch.nextafter(x, torch.where(up, torch.inf, -torch.inf).to(x.dtype))
+    return moved if x.dtype.itemsize >= 4 else torch.where(torch.randint_like(x, 64) == 0, moved, x)
+
+
+def interval(what: str, actual: Tensor, expected: Tensor, grad: Tensor, own: float = 0.0) -> None:
+    """Raise WrongResult unless the gradients of a raw interval agree as sums over `grad` can, and within `own`."""
+    norm = float(torch.linalg.vector_norm(grad, dtype=torch.float32))
+    slack = INTERVAL[grad.dtype] * (norm + float(expected.abs().max())) + own
     apart = float((actual - expected).abs().max())
     if not apart <= slack:
         raise WrongResult(f"wrong result: {what} differs from the reference by {apart:.2g}, {slack:.2g} allowed")

@@ -15,7 +15,12 @@ from . import nets
 
 NETS = ("mobilenetv2_100", "mobilenetv3_large_100")
 # A folder of profit_kernels/ops -> the operators that it holds, as dispatch names them.
-OPS = {"duq": ("duq", "duq_weights", "duq_codes"), "depthwise": ("depthwise", "duq_depthwise"), "aiwq": ("aiwq", "aiwq_conv")}
+OPS = {
+    "duq": ("duq", "duq_weights", "duq_codes"),
+    "depthwise": ("depthwise", "duq_depthwise"),
+    "aiwq": ("aiwq", "aiwq_conv"),
+    "block": ("block",),
+}
 # Below this height per-layer weight quantization outweighs the convolution: there the weight is given, not quantized.
 MIN_HEIGHT_WITH_WEIGHTS = 14
 
