@@ -48,8 +48,9 @@ class ExactLayers:
         if layer.activation == "hardswish":
             x = hardswish(graph, x, f"{run}/act")
         elif layer.activation in ("relu", "relu6"):
-            # Clipping to both ranges at once: their lower ends are met by max, their upper ones by min.
-            low, high = max(low, 0.0), min(high, 6.0) if layer.activation == "relu6" else high
+            # Clipping to both ranges at once, behind the shift: their lower ends are met by max, their upper ones by min.
+            low = max(low, 0.0 - q.offset)
+            high = min(high, 6.0 - q.offset) if layer.activation == "relu6" else high
         if q.offset:
             x = graph.add("Sub", [x, graph.constant(f"{run}/offset", q.offset)], f"{run}/shifted")
         saturates = high == q.interval and q.bits == self.width(q.bits)  # at the upper end; the lower may be one code off

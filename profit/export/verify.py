@@ -21,12 +21,13 @@ from zipfile import BadZipFile
 import torch
 from torch import Tensor, nn
 
-from ..errors import ExportError, missing_extra
+from ..errors import ExportError
 from ..quantize import quant_layers
 from .compare import Codes, Comparison, compare_runtime, exact_copy, layers_by_run, model_codes
 from .network import Network
 from .onnx_export import build_onnx
 from .onnx_layers import FLOAT32_STEPS, bias_rounding
+from .onnx_operators import require
 from .onnx_runtime import codes_on, describe, executed, load_onnx, run, session, with_given_codes
 from .packed import read_packed
 from .runtime import IntegerRuntime
@@ -123,10 +124,7 @@ class _Check:
     """What the checks have in common: the model's own outputs, and counting."""
 
     def __init__(self, path: Path, model: nn.Module, images: Tensor, result: Verification) -> None:
-        self.path, self.result = path, result
-        # The fields of `model` are read only; hooks that watch its codes are removed again.
-        self.model = model
-        self.was_training = model.training
+        self.path, self.model, self.result = path, model, result
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         """The output of everything that is compared, the model's first."""
@@ -228,10 +226,9 @@ class _Packed(_Network):
 
     def onnx(self) -> tuple[Any, dict[str, float]]:
         try:
-            import onnx  # noqa: F401 - both are asked for before anything is built
-            import onnxruntime  # noqa: F401
-        except ModuleNotFoundError as error:
-            self.result.notes.append(f"not compared with onnxruntime: {missing_extra(error)}")
+            require("onnx"), require("onnxruntime")
+        except ExportError as error:
+            self.result.notes.append(f"not compared with onnxruntime: {error}")
             return None, {}
         return build_onnx(self.network)[0], {}
 

@@ -19,26 +19,22 @@ class Edges(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.bn0 = nn.BatchNorm2d(8)
-        self.act0 = nn.Hardswish()
-        self.dw = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8)
-        self.bn1 = nn.BatchNorm2d(8)
-        self.act1 = nn.Hardswish()
-        self.gate = Gate(8)
-        self.pw = nn.Conv2d(8, 6, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(6)
-        self.expand = nn.Conv2d(6, 12, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(12)
-        self.act3 = nn.ReLU6()
-        self.wide = nn.Conv2d(12, 12, 5, padding=2, groups=12, bias=False)
-        self.bn4 = nn.BatchNorm2d(12)
-        self.act4 = nn.ReLU()
-        self.project = nn.Conv2d(12, 6, 1, bias=False)
-        self.bn5 = nn.BatchNorm2d(6)
-        self.last = nn.Conv2d(6, 10, 1)
-        self.act5 = nn.Hardswish()
-        self.head = nn.Linear(10, 5)
+        plain = {"bias": False}
+        layers = {
+            "stem": nn.Conv2d(3, 8, 3, padding=1, **plain),
+            "dw": nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8),
+            "gate": Gate(8),
+            "pw": nn.Conv2d(8, 6, 1, **plain),
+            "expand": nn.Conv2d(6, 12, 1, **plain),
+            "wide": nn.Conv2d(12, 12, 5, padding=2, groups=12, **plain),
+            "project": nn.Conv2d(12, 6, 1, **plain),
+            "last": nn.Conv2d(6, 10, 1),
+            "head": nn.Linear(10, 5),
+        }
+        norms = {f"bn{i}": nn.BatchNorm2d(channels) for i, channels in enumerate((8, 8, 6, 12, 12, 6))}
+        kinds = {0: nn.Hardswish, 1: nn.Hardswish, 3: nn.ReLU6, 4: nn.ReLU, 5: nn.Hardswish}
+        for name, module in {**layers, **norms, **{f"act{i}": kind() for i, kind in kinds.items()}}.items():
+            self.add_module(name, module)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act0(self.bn0(self.stem(x)))

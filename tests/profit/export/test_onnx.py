@@ -94,6 +94,7 @@ VARIANTS = {
     "per channel, 8 bits": {"weight_bits": 8, "act_bits": 8, "weight_granularity": "per_channel"},
     "mixed": {"overrides": {"dw": {"weight_bits": 3, "act_bits": 5}, "wide": {"act_bits": None}, "last": {"weight_bits": None},
                             "gate.*": {"skip": True}}},
+    "kinds chosen by hand": {"overrides": {"wide": {"offset": -0.5}, "project": {"kind": "signed"}, "dw": {"kind": "signed"}}},
 }  # fmt: skip
 
 
