@@ -12,9 +12,9 @@ OPS = torch.ops.profit_kernels
 BACKENDS = ["reference", "cpp", "triton"]
 
 
-def needs(backend: str) -> None:
-    """Skip the test, with the reason, where `backend` has no DuQ for float32 on the CPU."""
-    reason = dispatch.why_not("duq", backend, "cpu", torch.float32)
+def needs(backend: str, op: str = "duq") -> None:
+    """Skip the test, with the reason, where `backend` has no kernel of `op` for float32 on the CPU."""
+    reason = dispatch.why_not(op, backend, "cpu", torch.float32)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
 
@@ -67,11 +67,15 @@ def test_opcheck_reference(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-@pytest.mark.parametrize("name", ["duq", "duq_backward"])
+@pytest.mark.parametrize("name", ["duq", "depthwise_conv2d", "duq_depthwise_conv2d"])
 def test_opcheck_kernels(name, backend):
-    needs(backend)
-    with pk.use_backend(backend, ops=["duq"]):
-        torch.library.opcheck(getattr(OPS, name).default, samples(requires_grad=name == "duq")[name])
+    op = name.removesuffix("_conv2d")
+    needs(backend, op)
+    # What depends on the kernel (the interpreter is slow); autograd is the same for all and checked with the reference.
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    with pk.use_backend(backend, ops=[op, "duq"]):
+        for kind in (name, f"{name}_backward"):
+            torch.library.opcheck(getattr(OPS, kind).default, samples(requires_grad=False)[kind], **checks)
 
 
 def _net(x, w, a, c):

@@ -73,13 +73,19 @@ def divide(v, A, high, low):
 
 
 @triton.jit
+def sixth(n):
+    """n / 6, correctly rounded (as `divide`; the tests try every mantissa), for finite n."""
+    q = n * (1 / 6)
+    return tl.fma(tl.fma(-6.0, q, n), 1 / 6, q)
+
+
+@triton.jit
 def activate_bounded(x, ACTIVATION: tl.constexpr):
     """act(x) for a quantizer: h-swish stops at 5e37, above any interval, so that its division by 6 is of finite numbers."""
     if ACTIVATION == "hardswish":
         n = tl.maximum(x, -3.0, propagate_nan=tl.PropagateNan.ALL) * clip(x + 3.0, 0.0, 6.0)
         n = tl.minimum(n, 3.0e38, propagate_nan=tl.PropagateNan.ALL)
-        q = n * (1 / 6)
-        h = tl.fma(tl.fma(-6.0, q, n), 1 / 6, q)  # as divide; the tests try every mantissa
+        h = sixth(n)
     else:
         h = activate(x, ACTIVATION)
     return h
