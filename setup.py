@@ -36,6 +36,7 @@ NAME = "profit_kernels._cpu"
 SOURCES = [
     "csrc/registration.cpp",
     "csrc/cpu/aiwq.cpp",
+    "csrc/cpu/aiwq_update.cpp",
     "csrc/cpu/block.cpp",
     "csrc/cpu/block_depthwise.cpp",
     "csrc/cpu/block_kernels.cpp",

@@ -51,6 +51,10 @@ STABLE_TORCH_LIBRARY(profit_cpu, m) {
       " Tensor weight, Tensor? a, Tensor? c, Tensor? bias, int? bits, bool is_signed, float offset, int activation,"
       " int[] stride, int[] padding, int[] dilation, float pad_value, bool of_batch, bool need_weight)"
       " -> (Tensor gx, Tensor? g_gamma, Tensor? g_beta, Tensor? gw, Tensor? ga, Tensor? gc, Tensor? gb)");
+  m.def(
+      "aiwq_update(Tensor x, Tensor y_new, Tensor weight_old, Tensor weight_new, Tensor? bias, int[] stride,"
+      " int[] padding, int[] dilation, int groups, float pad_value, Tensor? a_x, Tensor? c_x, int? act_bits,"
+      " bool is_signed, float offset, int activation, float eps) -> Tensor?");
   m.def("isa() -> int");
   m.def("limit_isa(int level) -> int");
 }
@@ -68,6 +72,7 @@ STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CPU, m) {
   m.impl("duq_codes", TORCH_BOX(&profit::cpu::duq_codes));
   m.impl("aiwq_kl", TORCH_BOX(&profit::cpu::aiwq_kl));
   m.impl("aiwq_moments", TORCH_BOX(&profit::cpu::aiwq_moments));
+  m.impl("aiwq_update", TORCH_BOX(&profit::cpu::aiwq_update));
   m.impl("aiwq_depthwise", TORCH_BOX(&profit::cpu::aiwq_depthwise));
   m.impl("duq_depthwise_forward", TORCH_BOX(&profit::cpu::duq_depthwise_forward));
   m.impl("duq_depthwise_backward", TORCH_BOX(&profit::cpu::duq_depthwise_backward));

@@ -111,7 +111,8 @@ class AIWQMonitor:
             layer = self._layers[name]
             measure = _original_kl if self.mode == "original" else partial(_corrected, self.pooled)
             x = layer.after_norm(x)
-            self._pending.append((index, measure(layer, x, y_new, self._previous[name].to(layer.weight.device))))
+            previous = self._previous[name].to(layer.weight.device)
+            self._pending.append((index, measure(layer, x, y_new, previous, self._captured.get(name))))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -287,7 +288,9 @@ def _quantized_weight(layer: QuantConv2d) -> Tensor:
     return weight.clone() if weight.data_ptr() == layer.weight.data_ptr() else weight
 
 
-def _corrected(moments: bool, layer: QuantConv2d, x: Tensor, y_new: Tensor, weight_old: Tensor) -> Tensor:
+def _corrected(
+    moments: bool, layer: QuantConv2d, x: Tensor, y_new: Tensor, weight_old: Tensor, weight_new: Tensor | None
+) -> Tensor:
     """KL [C], or moments [5, C], with the layer's own padding; the operator quantizes the raw input itself where it can."""
     quantizer: InputQuantizer = layer.input_quantizer
     settings: dict[str, Any] = {}
@@ -302,13 +305,15 @@ def _corrected(moments: bool, layer: QuantConv2d, x: Tensor, y_new: Tensor, weig
             settings = {"padding": layer.padding4(x), "pad_value": layer.pad_value}
         else:
             x = F.pad(x, layer.padding4(x), mode=layer.padding_mode)
-    compare = aiwq_conv2d_moments if moments else aiwq_conv2d
-    return compare(
-        x, y_new, weight_old, layer.bias, stride=layer.stride, dilation=layer.dilation, groups=layer.groups, **settings
-    )
+    settings |= {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
+    if moments:
+        return aiwq_conv2d_moments(x, y_new, weight_old, layer.bias, **settings)
+    return aiwq_conv2d(x, y_new, weight_old, layer.bias, weight_new=weight_new, **settings)
 
 
-def _original_kl(layer: QuantConv2d, x: Tensor, y_new: Tensor, weight_old: Tensor) -> Tensor:
+def _original_kl(
+    layer: QuantConv2d, x: Tensor, y_new: Tensor, weight_old: Tensor, weight_new: Tensor | None
+) -> Tensor:
     """Mean KL [1] over the channels that vary, the old output zero-padded whatever the layer does."""
     x = F.pad(layer.input_quantizer(x), layer.padding4(x))
     y_old = F.conv2d(x, weight_old.to(x.dtype), layer.bias, layer.stride, 0, layer.dilation, layer.groups)

@@ -7,99 +7,17 @@
 
 #include <cmath>
 
+#include "aiwq_moments.h"
 #include "depthwise_input.h"
-#include "depthwise_plan.h"
 
 namespace profit::cpu {
 
-namespace {
-
 using torch::headeronly::ScalarType;
+
+namespace {
 
 // Values of a plane that are summed in one go.
 constexpr int64_t kRun = 4096;
-
-struct Moments {
-  std::vector<double> mean, variance;
-
-  Moments(const std::vector<double>& first, const std::vector<double>& second, const std::vector<float>& shift, double n)
-      : mean(first.size()), variance(first.size()) {
-    for (size_t c = 0; c < first.size(); ++c) {
-      mean[c] = shift[c] + first[c] / n;
-      variance[c] = (second[c] - first[c] * (first[c] / n)) / (n - 1);
-      // Rounding may leave a constant channel a hair below 0; NaN passes.
-      variance[c] = variance[c] < 0 ? 0 : variance[c];
-    }
-  }
-};
-
-// Sums of the tasks of a plan, [part][block][2][lane], added in order.
-class TaskSums {
- public:
-  explicit TaskSums(const Plan& plan) : plan_(plan), sums_(plan.tasks() * 2 * plan.width(), 0.0) {}
-
-  double* of(const Plan::Task& task) { return sums_.data() + (task.part * plan_.blocks + task.block) * 2 * plan_.width(); }
-
-  Moments moments(const std::vector<float>& shift, double n) const {
-    std::vector<double> first(plan_.channels, 0.0), second(plan_.channels, 0.0);
-    for (int64_t index = 0; index < plan_.tasks(); ++index) {
-      const Plan::Task task = plan_.task(index);
-      const double* sums = sums_.data() + (task.part * plan_.blocks + task.block) * 2 * plan_.width();
-      for (int64_t lane = 0; lane < task.channels; ++lane) {
-        first[task.first_channel + lane] += sums[lane];
-        second[task.first_channel + lane] += sums[task.groups * kGroup + lane];
-      }
-    }
-    return {first, second, shift, n};
-  }
-
- private:
-  const Plan& plan_;
-  std::vector<double> sums_;
-};
-
-void check(const Tensor& y) {
-  const auto type = y.scalar_type();
-  STD_TORCH_CHECK(y.dim() == 4 && y.is_cpu(), "aiwq: outputs must be [N, C, H, W] on the CPU");
-  STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-      "aiwq: outputs must be float32, bfloat16 or float16");
-}
-
-Geometry shape_of(const Tensor& y) {
-  Geometry g{};
-  g.images = y.size(0);
-  g.in_channels = y.size(1);
-  g.multiplier = 1;
-  g.height = y.size(2);
-  g.width = y.size(3);
-  return g;
-}
-
-RowKernels plain_kernels(ScalarType type) { return row_kernels(type, {}, Activation::none, {}, {1, 1, 1, 1}); }
-
-// The first value of each channel, 0 in the lanes behind the last.
-std::vector<float> first_values(const Tensor& y, const RowKernels& kernels) {
-  const int64_t channels = y.size(1), groups = ceil_div(channels, kGroup);
-  std::vector<float> values(groups * kGroup, 0.0f);
-  if (y.numel() > 0) {
-    const TensorRows rows = TensorRows::of(y, false);
-    kernels.load(rows.at(0, 0, 0), rows.strides(), values.data(), 1, channels, groups, 1);
-  }
-  return values;
-}
-
-// Reads a row of a task as lanes, by way of `buffer` where it cannot be walked in place.
-ConstLanes read_row(
-    const TensorRows& rows, const RowKernels& kernels, const Plan::Task& task, int64_t image, int64_t y, int64_t columns,
-    float* buffer) {
-  const char* from = rows.at(image, task.first_channel, y);
-  if (rows.in_place(task, 1)) {
-    return {reinterpret_cast<const float*>(from), kGroup, rows.w, rows.h};
-  }
-  kernels.load(from, rows.strides(), buffer, columns, task.channels, task.groups, 1);
-  return {buffer, columns * kGroup, kGroup};
-}
 
 // Planes that lie in one run of memory each.
 Moments plane_moments(const Tensor& y, const RowKernels& kernels) {
@@ -132,6 +50,8 @@ Moments plane_moments(const Tensor& y, const RowKernels& kernels) {
   }
   return {first, second, shift, static_cast<double>(g.images * size)};
 }
+
+}  // namespace
 
 Moments moments(const Tensor& y) {
   const Geometry g = shape_of(y);
@@ -172,11 +92,9 @@ Tensor kl(const Moments& fresh, const Moments& old, double eps) {
   return result;
 }
 
-}  // namespace
-
 Tensor aiwq_kl(Tensor y_new, Tensor y_old, double eps) {
-  check(y_new);
-  check(y_old);
+  check_output(y_new);
+  check_output(y_old);
   for (int64_t d = 0; d < 4; ++d) {
     STD_TORCH_CHECK(y_new.size(d) == y_old.size(d), "aiwq: both outputs must have one shape");
   }
@@ -184,7 +102,7 @@ Tensor aiwq_kl(Tensor y_new, Tensor y_old, double eps) {
 }
 
 Tensor aiwq_moments(Tensor y) {
-  check(y);
+  check_output(y);
   const Moments found = moments(y);
   const int64_t channels = found.mean.size();
   const std::vector<int64_t> size = {2, channels};
@@ -201,7 +119,7 @@ Tensor aiwq_depthwise(
     std::optional<Tensor> c_x, std::optional<int64_t> act_bits, bool is_signed, double offset, int64_t activation,
     double eps) {
   const Geometry g = geometry(x, weight_old, stride, padding, dilation);
-  check(y_new);
+  check_output(y_new);
   STD_TORCH_CHECK(
       y_new.size(0) == g.images && y_new.size(1) == g.channels() && y_new.size(2) == g.out_height &&
           y_new.size(3) == g.out_width,

@@ -26,4 +26,13 @@ Tensor aiwq_depthwise(
     std::optional<Tensor> c_x, std::optional<int64_t> act_bits, bool is_signed, double offset, int64_t activation,
     double eps);
 
+// KL of y_new from the output under weight_old, as aiwq_depthwise, given also the weight that gave y_new: only what differs
+// between the two is convolved. Depthwise layers, and pointwise ones without groups and padding; x and y_new in float32.
+// Nothing where too many weights of a pointwise layer differ for that to pay.
+std::optional<Tensor> aiwq_update(
+    Tensor x, Tensor y_new, Tensor weight_old, Tensor weight_new, std::optional<Tensor> bias,
+    std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
+    double pad_value, std::optional<Tensor> a_x, std::optional<Tensor> c_x, std::optional<int64_t> act_bits,
+    bool is_signed, double offset, int64_t activation, double eps);
+
 }  // namespace profit::cpu

@@ -64,4 +64,95 @@ PROFIT_TARGET inline void add_run(const float* y, float shift, int64_t n, double
   }
 }
 
+// The largest magnitude. Floats of one sign are ordered as their bits are, and a maximum of integers is vectorised.
+PROFIT_TARGET inline float largest(const float* w, int64_t n) {
+  uint32_t bits = 0;
+#pragma omp simd reduction(max : bits)
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t v;
+    std::memcpy(&v, w + i, sizeof(v));
+    v &= 0x7fffffffu;
+    bits = v > bits ? v : bits;
+  }
+  float result;
+  std::memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+// How many w_old differ from alpha * w_new by more than the roundings of one code under two scales; `delta`, unless null, gets
+// the differences, 0 for the others.
+PROFIT_TARGET inline int64_t differences(
+    const float* __restrict w_new, const float* __restrict w_old, float alpha, float* __restrict delta, int64_t n) {
+  constexpr float kSame = 5e-7f;
+  int32_t count = 0;
+  if (delta == nullptr) {
+#pragma omp simd reduction(+ : count)
+    for (int64_t i = 0; i < n; ++i) {
+      const float scaled = alpha * w_new[i];
+      const bool same = std::fabs(w_old[i] - scaled) <= kSame * (std::fabs(w_old[i]) + std::fabs(scaled));
+      count += same ? 0 : 1;
+    }
+  } else {
+#pragma omp simd reduction(+ : count)
+    for (int64_t i = 0; i < n; ++i) {
+      const float scaled = alpha * w_new[i], apart = w_old[i] - scaled;
+      const bool same = std::fabs(apart) <= kSame * (std::fabs(w_old[i]) + std::fabs(scaled));
+      count += same ? 0 : 1;
+      delta[i] = same ? 0.0f : apart;
+    }
+  }
+  return count;
+}
+
+// Some channels of n pixels, `stride` apart at each of `at`, to to[channel][kTile].
+PROFIT_TARGET inline void gather(
+    const float* const* at, int64_t n, int64_t first, int64_t channels, int64_t stride, float* to) {
+  const int64_t whole_channels = stride == 1 ? channels / 4 * 4 : 0, whole_pixels = n / 4 * 4;
+  for (int64_t p = 0; p < whole_pixels; p += 4) {
+    for (int64_t i = p; i < p + 4; ++i) {
+      for (int64_t c = 0; c < channels; c += kGroup) {
+        __builtin_prefetch(at[i] + first + channels + c);  // in all likelihood the next to be gathered
+      }
+    }
+    for (int64_t c = 0; c < whole_channels; c += 4) {
+      const float* rows[4] = {at[p] + first + c, at[p + 1] + first + c, at[p + 2] + first + c, at[p + 3] + first + c};
+      transpose4(rows, to + c * kTile + p, kTile);
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t p = c < whole_channels ? whole_pixels : 0; p < n; ++p) {
+      to[c * kTile + p] = at[p][(first + c) * stride];
+    }
+  }
+}
+
+// to = factor * from + constant; n is a multiple of 16.
+PROFIT_TARGET inline void scale(float* to, const float* from, float factor, float constant, int64_t n) {
+  const Vec f = splat<Vec>(factor), c = splat<Vec>(constant);
+  for (int64_t i = 0; i < n; i += PROFIT_LANES) {
+    store(to + i, f * load(from + i) + c);
+  }
+}
+
+// to += factor * from; n is a multiple of 16.
+PROFIT_TARGET inline void add_scaled(float* to, const float* from, float factor, int64_t n) {
+  const Vec f = splat<Vec>(factor);
+  for (int64_t i = 0; i < n; i += PROFIT_LANES) {
+    store(to + i, load(to + i) + f * load(from + i));
+  }
+}
+
+// to += factor * from + constant, factor and constant per lane.
+PROFIT_TARGET inline void add_scaled_lanes(
+    Lanes to, ConstLanes from, const float* factor, const float* constant, int64_t columns, int64_t groups) {
+  for (int64_t m = 0; m < groups; ++m) {
+    for (int64_t l = 0; l < kGroup; l += PROFIT_LANES) {
+      const Vec f = load(factor + m * kGroup + l), c = load(constant + m * kGroup + l);
+      for (int64_t i = 0; i < columns; ++i) {
+        store(to.at(m, i) + l, load(to.at(m, i) + l) + (f * load(from.at(m, i) + l) + c));
+      }
+    }
+  }
+}
+
 }  // namespace PROFIT_ISA

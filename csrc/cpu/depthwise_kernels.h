@@ -13,6 +13,8 @@ namespace profit::cpu {
 
 // Channels that lie together in the buffers: one 512-bit register of floats.
 constexpr int64_t kGroup = 16;
+// Pixels that a pointwise layer computes at a time.
+constexpr int64_t kTile = 64;
 
 // A row in memory: 16 channels of group m at column i start at p + m * group + i * column. The row that will be read next starts
 // at p + ahead, for prefetching.
@@ -60,6 +62,13 @@ struct RowKernels {
       const Quantizer<float>&, const FrontLanes&, float* row_sums, double* sums);
   void (*add_moments)(ConstLanes y, const float* shift, int64_t columns, int64_t groups, double* sums);
   void (*add_run_moments)(const float* y, float shift, int64_t n, double& first, double& second);
+  void (*gather)(const float* const* at, int64_t n, int64_t first, int64_t channels, int64_t stride, float* to);
+  float (*largest)(const float* w, int64_t n);
+  int64_t (*differences)(const float* w_new, const float* w_old, float alpha, float* delta, int64_t n);
+  void (*scale)(float* to, const float* from, float factor, float constant, int64_t n);
+  void (*add_scaled)(float* to, const float* from, float factor, int64_t n);
+  void (*add_scaled_lanes)(
+      Lanes to, ConstLanes from, const float* factor, const float* constant, int64_t columns, int64_t groups);
   void (*sum)(const float* g, float* sums, int64_t columns, int64_t groups);
   void (*forward)(
       const float* const* rows, int64_t row_group, const float* weight, int64_t lanes, const float* bias, Lanes out,

@@ -182,6 +182,12 @@ inline RowKernels kernels(ScalarType type, const Wanted& wanted, Activation acti
   result.sum = sum_row;
   result.add_moments = add_row;
   result.add_run_moments = add_run;
+  result.gather = gather;
+  result.largest = largest;
+  result.differences = differences;
+  result.scale = scale;
+  result.add_scaled = add_scaled;
+  result.add_scaled_lanes = add_scaled_lanes;
   use_taps<0, 0>(result, wanted.weight_grad);
   if (taps.dilation == 1 && taps.stride <= 2) {
     switch (taps.kw) {

@@ -9,8 +9,6 @@ using torch::headeronly::ScalarType;
 
 namespace {
 
-// Channels of a block: wide enough to read memory in runs, narrow enough that a few rows of it stay in cache.
-constexpr int64_t kBlock = 64;
 // Tasks to aim at, and the work (elements) below which a task is not worth its start.
 constexpr int64_t kTasks = 32;
 constexpr int64_t kWork = 32768;
@@ -66,14 +64,15 @@ Geometry geometry(
   return g;
 }
 
-Plan::Plan(const Geometry& g, int64_t rows, int64_t work) : channels(g.channels()), images(g.images), rows(rows) {
+Plan::Plan(const Geometry& g, int64_t rows, int64_t work, int64_t block)
+    : channels(g.channels()), images(g.images), rows(rows) {
   if (g.multiplier == 1) {
     const int64_t all = ceil_div(channels, kGroup);
-    groups = ceil_div(all, ceil_div(all, kBlock / kGroup));
+    groups = ceil_div(all, ceil_div(all, block / kGroup));
     lanes = groups * kGroup;
   } else {
     // The filters of one input channel stay in one block, where their gradients are added up.
-    lanes = std::min(channels, g.multiplier * std::max<int64_t>(1, kBlock / g.multiplier));
+    lanes = std::min(channels, g.multiplier * std::max<int64_t>(1, block / g.multiplier));
     groups = ceil_div(lanes, kGroup);
   }
   blocks = ceil_div(channels, lanes);

@@ -33,6 +33,9 @@ Geometry geometry(
     const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
     const std::vector<int64_t>& dilation);
 
+// Channels of a block: wide enough to read memory in runs, narrow enough that a few rows of it stay in cache.
+constexpr int64_t kBlock = 64;
+
 // A task is one block of output channels, some images, one band of rows. The division follows from the shape alone and not from
 // the number of threads, so that sums over tasks, added in order, have the same bits for any number of threads.
 struct Plan {
@@ -43,8 +46,8 @@ struct Plan {
   int64_t images_per_chunk, images;
   int64_t rows, rows_per_band;
 
-  // rows: of what is divided into bands. work: elements of one image and channel.
-  Plan(const Geometry& g, int64_t rows, int64_t work);
+  // rows: of what is divided into bands. work: elements of one image and channel. block: channels to take together.
+  Plan(const Geometry& g, int64_t rows, int64_t work, int64_t block = kBlock);
 
   int64_t width() const { return groups * kGroup; }
   int64_t tasks() const { return blocks * chunks * bands; }

@@ -149,6 +149,24 @@ struct VecQuantizer {
   PROFIT_INLINE Vec slope(Vec u) const { return (u > lo) & (u < splat<Vec>(1)) ? ratio : Vec{}; }
 };
 
+// The 4 x 4 floats of which `rows` holds the rows, transposed, each new row `stride` behind the last.
+PROFIT_INLINE void transpose4(const float* const* rows, float* to, int64_t stride) {
+#if defined(__SSE2__)
+  __m128 a = _mm_loadu_ps(rows[0]), b = _mm_loadu_ps(rows[1]), c = _mm_loadu_ps(rows[2]), d = _mm_loadu_ps(rows[3]);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, a);
+  _mm_storeu_ps(to + stride, b);
+  _mm_storeu_ps(to + 2 * stride, c);
+  _mm_storeu_ps(to + 3 * stride, d);
+#else
+  for (int64_t i = 0; i < 4; ++i) {
+    for (int64_t j = 0; j < 4; ++j) {
+      to[j * stride + i] = rows[i][j];
+    }
+  }
+#endif
+}
+
 PROFIT_TARGET inline void widen(const float* __restrict from, float* __restrict to, int64_t n) {
   std::memcpy(to, from, n * sizeof(float));
 }

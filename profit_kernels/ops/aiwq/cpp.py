@@ -29,11 +29,18 @@ def kl(y_new: Tensor, y_old: Tensor, eps: float) -> Tensor:
 def conv_kl(
     x: Tensor, y_new: Tensor, weight_old: Tensor, bias: Tensor | None, stride: list[int], pads: list[int], dilation: list[int],
     groups: int, pad_value: float, a_x: Tensor | None, c_x: Tensor | None, act_bits: int | None, signed: bool, offset: float,
-    activation: str, eps: float,
+    activation: str, eps: float, weight_new: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """KL of y_new from the output under the old weight; see reference.conv_kl."""
+    """KL of y_new from the output under the old weight; see reference.conv_kl. weight_new: what gave y_new, if known."""
     native.load()
     dtype = y_new.dtype
+    if weight_new is not None and x.dtype == dtype == torch.float32 and _is_simple(x, weight_old, pads, groups):
+        found = torch.ops.profit_cpu.aiwq_update(
+            x, y_new, weight_old, weight_new, bias, stride, pads, dilation, groups, pad_value,
+            a_x, c_x, act_bits, signed, offset, ACTIVATIONS.index(activation), eps,
+        )  # fmt: skip
+        if found is not None:
+            return found
     if groups == x.shape[1] and weight_old.shape[1] == 1 and x.dim() == 4:
         return torch.ops.profit_cpu.aiwq_depthwise(
             x, y_new, weight_old, bias, stride, pads, dilation, pad_value,
@@ -51,6 +58,12 @@ def conv_kl(
         return reference.kl_of_moments(*new, *_pointwise_moments(qx, weight_old, bias), eps)
     y_old = F.conv2d(pad(qx, pads, pad_value), weight_old, bias, stride, 0, dilation, groups)
     return kl(y_new, y_old, eps)
+
+
+def _is_simple(x: Tensor, weight: Tensor, pads: list[int], groups: int) -> bool:
+    """Depthwise, or pointwise without groups and padding."""
+    depthwise = groups == x.shape[1] and weight.shape[1] == 1
+    return depthwise or (groups == 1 and weight.shape[2:] == (1, 1) and not any(pads))
 
 
 def _as_maps(y: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ torch.library.define("profit_kernels::aiwq_kl", "(Tensor y_new, Tensor y_old, fl
 torch.library.define(
     "profit_kernels::aiwq_conv2d",
     "(Tensor x, Tensor y_new, Tensor weight_old, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
-    "float pad_value, Tensor? a_x, Tensor? c_x, int? act_bits, bool signed, float offset, str activation, float eps) -> Tensor",
+    "float pad_value, Tensor? a_x, Tensor? c_x, int? act_bits, bool signed, float offset, str activation, float eps, "
+    "*, Tensor? weight_new=None) -> Tensor",
 )
 
 
@@ -55,12 +56,13 @@ def _kl(y_new, y_old, eps):
 
 
 @torch.library.impl("profit_kernels::aiwq_conv2d", "default")
-def _conv_kl(x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest):
+def _conv_kl(x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest, weight_new=None):
     limits = {"triton": _beyond_triton(x, weight_old, padding, groups)}
     with torch.no_grad():
-        return _serving("aiwq_conv", _wider(x, y_new), limits).conv_kl(
-            x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest
-        )
+        backend = _serving("aiwq_conv", _wider(x, y_new), limits)
+        # Only the C++ kernels know how to use it.
+        known = {"weight_new": weight_new} if backend is cpp else {}
+        return backend.conv_kl(x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest, **known)
 
 
 @torch.library.register_fake("profit_kernels::aiwq_kl")
@@ -69,7 +71,7 @@ def _(y_new, y_old, eps):
 
 
 @torch.library.register_fake("profit_kernels::aiwq_conv2d")
-def _(x, y_new, *rest):
+def _(x, y_new, *rest, weight_new=None):
     return y_new.new_empty(y_new.shape[1], dtype=torch.float32)
 
 
@@ -109,6 +111,7 @@ def aiwq_conv2d(
     offset: float = 0.0,
     activation: str = "none",
     eps: float = EPS,
+    weight_new: Tensor | None = None,
 ) -> Tensor:
     """KL of a layer's output from what the same input gives with its previous quantized weight.
 
@@ -119,6 +122,7 @@ def aiwq_conv2d(
         stride, padding, dilation, groups: of the layer; padding as depthwise_conv2d takes it.
         pad_value: the layer's own border, -0.375 behind an h-swish quantizer.
         a_x, c_x, act_bits, signed, offset, activation: of the input quantizer; act_bits None means act(x) alone.
+        weight_new: the quantized weight that gave y_new, if known; a kernel then computes only what the update changed.
 
     Returns: [C_out], float32, no gradient; unclamped. NaN as aiwq_kl.
     Raises: ValueError for arguments out of their range.
@@ -131,7 +135,13 @@ def aiwq_conv2d(
         a_x, c_x = a_x.detach(), c_x.detach()
     geometry = (list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1)))
     bias = None if bias is None else bias.detach()
+    if weight_new is not None:
+        if weight_new.shape != weight_old.shape:
+            raise ValueError(
+                f"{op}: both weights must have one shape, got {tuple(weight_new.shape)} and {tuple(weight_old.shape)}"
+            )
+        weight_new = weight_new.detach()
     return torch.ops.profit_kernels.aiwq_conv2d(
         x.detach(), y_new.detach(), weight_old.detach(), bias, *geometry, groups, pad_value,
-        a_x, c_x, act_bits, signed, offset, activation, eps,
+        a_x, c_x, act_bits, signed, offset, activation, eps, weight_new=weight_new,
     )  # fmt: skip
