@@ -25,37 +25,19 @@ def _rounded(v, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _input(
-    x, A, C, s, lo, offset, dtype: tl.constexpr,
-    QUANTIZE: tl.constexpr, ACTIVATION: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """What the convolution sees of x: act(x), quantized, through the dtype of x to that of the outputs, as float32."""
-    h = activate(x.to(tl.float32), ACTIVATION)
-    if QUANTIZE:
-        h = C * quantize(tl.div_rn(h - offset, A), lo, s) + offset
-    return _rounded(_rounded(h, x.dtype, INTERPRETED), dtype, INTERPRETED)
-
-
-@triton.jit
-def _add_columns(sums, new, old, K_new, K_old, live):
-    """`plus` of the column sums of `terms`."""
-    d, o, n, dd, do, oo, nn = terms(new, old, K_new, K_old, live)
-    s_d, s_o, s_n, s_dd, s_do, s_oo, s_nn = sums
-    return (
-        s_d + tl.sum(d, 0), s_o + tl.sum(o, 0), s_n + tl.sum(n, 0), s_dd + tl.sum(dd, 0), s_do + tl.sum(do, 0),
-        s_oo + tl.sum(oo, 0), s_nn + tl.sum(nn, 0),
-    )  # fmt: skip
+def _through(v, first: tl.constexpr, second: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Rounded to the dtype of x and then to that of the outputs, as a layer under autocast does."""
+    return _rounded(_rounded(v, first, INTERPRETED), second, INTERPRETED)
 
 
 @triton.jit
 def depthwise_moments(
-    x_ptr, weight_ptr, bias_ptr, new_ptr, A_ptr, C_ptr, partial_ptr,
-    images, H, W, OH, OW, channel_units, images_each, kh, kw, sh, sw, dh, dw, top, left, pad_value, s, lo, offset,
+    x_ptr, weight_ptr, bias_ptr, new_ptr, partial_ptr,
+    images, H, W, OH, OW, channel_units, images_each, kh, kw, sh, sw, dh, dw, top, left, pad_value,
     CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, MULTIPLIER: tl.constexpr, HAS_BIAS: tl.constexpr,
-    QUANTIZE: tl.constexpr, ACTIVATION: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    ACTIVATION: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """old = conv(pad(duq(act(x))), weight) + bias tap by tap, in registers only. weight: [kh * kw, channels].
+    """old = conv(pad(act(x)), weight) + bias tap by tap, in registers only. weight: [kh * kw, channels].
 
     Program (i, j, k): BH output rows from the i-th on over their whole width, BC channels, `images_each` images.
     """
@@ -66,8 +48,6 @@ def depthwise_moments(
     real = c < channels
     block_in = block // MULTIPLIER
     c_in = c // MULTIPLIER - block_in
-    A = tl.load(A_ptr) if QUANTIZE else 1.0
-    C = tl.load(C_ptr) if QUANTIZE else 1.0
     bias = tl.load(bias_ptr + c, mask=real, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros([BC], dtype=tl.float32)
     dtype: tl.constexpr = new_ptr.dtype.element_ty
     pad = _rounded(tl.full([1, 1], pad_value, tl.float32), dtype, INTERPRETED)
@@ -103,7 +83,7 @@ def depthwise_moments(
                     inside = ((h0 + h >= 0) & (h0 + h < H) & (w >= 0) & (w < W))[:, None]
                     at = (h * x_row + w * x_column)[:, None] + (c_in * x_channel)[None, :]
                     x = tl.load(x_image + at, mask=inside & live, other=0.0)
-                    q = _input(x, A, C, s, lo, offset, dtype, QUANTIZE, ACTIVATION, INTERPRETED)
+                    q = _through(activate(x.to(tl.float32), ACTIVATION), x.dtype, dtype, INTERPRETED)
                     tap = tl.load(weight_ptr + (i * kw + j) * channels + c, mask=real, other=0.0).to(tl.float32)
                     old = tl.fma(tl.where(inside, q, pad), tl.broadcast_to(tap[None, :], [BH * BW, BC]), old)
             old = _rounded(old, dtype, INTERPRETED)  # rounded as the layer's own output is
@@ -118,15 +98,19 @@ def depthwise_moments(
 @triton.jit
 def pointwise_moments(
     x_ptr, weight_ptr, bias_ptr, new_ptr, A_ptr, C_ptr, partial_ptr,
-    images, positions, in_units, channel_units, tiles_each, images_each, s, lo, offset,
+    images, positions, in_channels, channels, tiles_each, images_each, s, lo, offset,
     CHANNELS_LAST: tl.constexpr, VEC: tl.constexpr, HAS_BIAS: tl.constexpr, QUANTIZE: tl.constexpr, ACTIVATION: tl.constexpr,
     BP: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """old = duq(act(x)) @ weight + bias, kept in the accumulators of the product. weight: [in_channels, channels].
 
-    Programs as in `moments`; with CHANNELS_LAST there is one image of all positions.
+    Programs as in `moments`. With CHANNELS_LAST there is one image of all positions and channels are counted in VEC; otherwise
+    positions are.
     """
-    in_channels, channels = in_units * VEC, channel_units * VEC
+    if CHANNELS_LAST:  # the compiler sees that rows start at multiples of VEC
+        in_channels, channels = in_channels * VEC, channels * VEC
+    else:
+        positions = positions * VEC
     block = tl.program_id(1) * BC
     c = block + tl.arange(0, BC)
     real = c < channels
@@ -142,7 +126,7 @@ def pointwise_moments(
     x_position, y_position = (in_channels, channels) if CHANNELS_LAST else (1, 1)
     x_channel, y_channel = (1, 1) if CHANNELS_LAST else (positions, positions)
 
-    sums = zeros([BC])
+    sums = zeros([BP, BC])
     K_new = tl.zeros([BC], dtype=tl.float32)
     K_old = tl.zeros([BC], dtype=tl.float32)
     for n in range(count):
@@ -155,9 +139,11 @@ def pointwise_moments(
             for k0 in range(0, in_channels, BK):
                 k = k0 + tl.arange(0, BK)
                 at = step[:, None] * x_position + k[None, :] * x_channel
-                within = (k < in_channels)[None, :]
-                x = tl.load(x_start + at, mask=here[:, None] & within, other=0.0)
-                q = _input(x, A, C, s, lo, offset, dtype, QUANTIZE, ACTIVATION, INTERPRETED)
+                x = tl.load(x_start + at, mask=here[:, None] & (k < in_channels)[None, :], other=0.0)
+                q = activate(x.to(tl.float32), ACTIVATION)
+                if QUANTIZE:
+                    q = C * quantize(tl.div_rn(q - offset, A), lo, s) + offset
+                q = _through(q, x.dtype, dtype, INTERPRETED)
                 at = k[:, None] * channels + c[None, :]
                 weight = tl.load(weight_ptr + at, mask=(k < in_channels)[:, None] & real[None, :], other=0.0)
                 if INTERPRETED:  # it multiplies bfloat16 as integers
@@ -170,5 +156,5 @@ def pointwise_moments(
             new = tl.load(y_start + at, mask=live, other=0.0).to(tl.float32)
             if (n == 0) & (p0 == start):
                 K_new, K_old = pivot(new, live), pivot(old, live)
-            sums = _add_columns(sums, new, old, K_new, K_old, live)
-    write(partial_ptr, c, channels, (end - start) * count, K_old, K_new, sums)
+            sums = plus(sums, terms(new, old, K_new, K_old, live))
+    write(partial_ptr, c, channels, (end - start) * count, K_old, K_new, columns(sums))

@@ -1,6 +1,6 @@
 """Triton kernels of AIWQ: moments of new and old outputs in one pass, and the KL from them.
 
-Of the last N elements of a channel that a program sees, with d = new - old and pivots K near the means:
+Over the elements of a channel that a program sees, with d = new - old and pivots K near the means:
 
     S_d = sum d                S_o = sum (old - K_old)               S_n = sum (new - K_new)
     S_dd = sum d^2             S_do = sum d * (old - K_old)          S_oo, S_nn = sums of squares
@@ -19,8 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Rows of the partial sums: count, K_old, K_new, S_d, S_o, S_n, S_dd, S_do, S_oo, S_nn.
-ROWS = tl.constexpr(10)
+# Of the partial sums: count, K_old, K_new, S_d, S_o, S_n, S_dd, S_do, S_oo, S_nn.
+ROWS = 10
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def zeros(shape: tl.constexpr):
 
 @triton.jit
 def pivot(v, live):
+    """Mean over the positions of a tile."""
     count = tl.sum(live.to(tl.float32), 0)
     return tl.div_rn(tl.sum(tl.where(live, v, 0.0), 0), tl.maximum(count, 1.0))
 
@@ -62,7 +63,7 @@ def _column(v):
 
 @triton.jit
 def write(partial_ptr, c, channels, count, K_old, K_new, totals):
-    """Row of this program: grid axes 0 and 2 number the programs of one block of channels."""
+    """The ROWS numbers of this program: grid axes 0 and 2 number the programs of one block of channels."""
     program = tl.program_id(0).to(tl.int64) * tl.num_programs(2) + tl.program_id(2)
     plane = tl.num_programs(0).to(tl.int64) * tl.num_programs(2) * channels
     at = partial_ptr + program * channels + c
@@ -146,17 +147,18 @@ def divergence(partial_ptr, kl_ptr, programs, channels, eps, BP: tl.constexpr, B
         t_do += tl.load(at + 7 * plane, mask=live, other=0.0).to(tl.float64) + o_shift * s_d
         t_oo += tl.load(at + 8 * plane, mask=live, other=0.0).to(tl.float64) + o_shift * (2 * s_o + n * o_shift)
         t_nn += tl.load(at + 9 * plane, mask=live, other=0.0).to(tl.float64) + n_shift * (2 * s_n + n * n_shift)
-    N, D, O, M = tl.sum(count, 0), tl.sum(t_d, 0), tl.sum(t_o, 0), tl.sum(t_n, 0)
-    var_old = _variance(tl.sum(t_oo, 0), O, N)
-    var_new = _variance(tl.sum(t_nn, 0), M, N)
-    grown = (tl.sum(t_dd, 0) - D * D / N + 2 * (tl.sum(t_do, 0) - D * O / N)) / (N - 1)  # var_new - var_old
+    N, sum_d, sum_o = tl.sum(count, 0), tl.sum(t_d, 0), tl.sum(t_o, 0)
+    var_old = _variance(tl.sum(t_oo, 0), sum_o, N)
+    var_new = _variance(tl.sum(t_nn, 0), tl.sum(t_n, 0), N)
+    # var_new - var_old
+    grown = (tl.sum(t_dd, 0) - sum_d * sum_d / N + 2 * (tl.sum(t_do, 0) - sum_d * sum_o / N)) / (N - 1)
     scale = var_old + eps
     r = (var_new + eps) / scale
     # Where the variance has shrunk to a fraction, var_new itself has more digits than the difference from var_old.
     shrunk = r < 0.5
     r_minus_1 = tl.where(shrunk, (var_new - var_old) / scale, grown / scale)
     log_r = tl.where(shrunk, tl.log(r), _log1p(r_minus_1))
-    kl = 0.5 * (r_minus_1 - log_r) + 0.5 * (D / N) * (D / N) / scale
+    kl = 0.5 * (r_minus_1 - log_r) + 0.5 * (sum_d / N) * (sum_d / N) / scale
     tl.store(kl_ptr + c, kl.to(tl.float32), mask=c < channels)
 
 
