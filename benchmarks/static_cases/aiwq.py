@@ -8,13 +8,19 @@ import torch
 
 from benchmarks.compiled import StaticCase
 from profit_kernels.ops.aiwq import conv_kernels, kernels
-from profit_kernels.ops.aiwq.launch import DIVERGENCE, depthwise_tile, moments_tile, on_the_fly, pointwise_tile, vector
+from profit_kernels.ops.aiwq.tiles import DIVERGENCE, depthwise_tile, moments_tile, pointwise_tile, quantizes_itself
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # channels, side of the output plane, channels_last: the tiles of the launcher. Rows of 14 x 14 are 8 bytes short of 16 in half
 # precision and those of 7 x 7 are odd, so that no launch could read them wider.
 _MOMENTS = [(64, 56, True), (24, 56, True), (16, 112, True), (32, 112, False), (384, 14, False), (960, 7, False)]
-_DEPTHWISE = [(96, 56, True), (16, 112, True), (32, 112, False), (384, 14, False), (960, 7, False)]
+_DEPTHWISE = [(96, 56, True, "none"), (96, 56, True, "hardswish"), (16, 112, True, "none")]
+_DEPTHWISE += [
+    (32, 112, False, "none"),
+    (384, 14, False, "none"),
+    (960, 7, False, "none"),
+    (960, 7, False, "hardswish"),
+]
 
 # channels_last, whether rows are whole 16 bytes (NCHW planes of 7 x 7 are not)
 _POINTWISE = [(True, True), (False, True), (False, False)]
@@ -30,11 +36,12 @@ def cases(target: str) -> list[StaticCase]:
         for note, ones in (("", ()), ("one program", ("programs",)))
     ]
     for name, dtype in _DTYPES.items():
-        found += [_moments(name, dtype, *shape) for shape in _MOMENTS]
-        found += [_depthwise(name, dtype, *shape) for shape in _DEPTHWISE]
-        found += [_depthwise(name, dtype, 96, 56, True, quantize) for quantize in (False, True)]
+        found += [_moments(name, dtype, *shape, amd) for shape in _MOMENTS]
+        found += [_depthwise(name, dtype, *shape, amd) for shape in _DEPTHWISE]
         for rows in _POINTWISE:
-            found += [_pointwise(name, dtype, *rows, quantize, amd) for quantize in {False, on_the_fly(1, True, amd)}]
+            found += [
+                _pointwise(name, dtype, *rows, quantize, amd) for quantize in {False, quantizes_itself(16, dtype, amd)}
+            ]
     return found
 
 
@@ -51,40 +58,38 @@ def _layout(channels_last: bool) -> str:
     return "channels_last" if channels_last else "NCHW"
 
 
-def _moments(name: str, dtype: torch.dtype, channels: int, side: int, channels_last: bool) -> StaticCase:
-    tile = moments_tile(channels, side * side, channels_last)
-    vec = vector(channels if channels_last else side * side, dtype.itemsize)
+def _moments(name: str, dtype: torch.dtype, channels: int, side: int, channels_last: bool, amd: bool) -> StaticCase:
+    tile = moments_tile(channels, side * side, channels_last, dtype.itemsize, amd)
+    warps, vec = tile.pop("num_warps"), tile["VEC"]
     types = {"new_ptr": f"*{name}", "old_ptr": f"*{name}", "partial_ptr": "*fp32"}
     types |= dict.fromkeys(("images", "slow", "fast", "tiles_each", "images_each"), "i32")
     return _with_ones(
-        "aiwq_moments", kernels.moments, types, {"CHANNELS_LAST": channels_last, "VEC": vec, **tile}, name, "-",
+        "aiwq_moments", kernels.moments, types, {"CHANNELS_LAST": channels_last, **tile}, name, "-",
         f"{_layout(channels_last)}, {tile['BP']}x{tile['BC']}, rows of {vec}n", _ONES[channels_last],
         streaming=vec * dtype.itemsize == 16, scalar_accesses=10,
+        # On AMD new - old of float16 is one v_fma_mix_f32 with the widening in it; nothing is rounded differently.
+        contracted=name == "fp16", num_warps=warps,
     )  # fmt: skip
 
 
-def _types(name: str, integers: tuple[str, ...]) -> dict[str, str]:
-    data = ("x_ptr", "weight_ptr", "bias_ptr", "new_ptr")
-    types = dict.fromkeys(data, f"*{name}") | dict.fromkeys(("A_ptr", "C_ptr", "partial_ptr"), "*fp32")
-    return types | dict.fromkeys(integers, "i32") | dict.fromkeys(("pad_value", "s", "lo", "offset"), "fp32")
+def _types(name: str, integers: list[str]) -> dict[str, str]:
+    types = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "new_ptr"), f"*{name}") | {"partial_ptr": "*fp32"}
+    return types | dict.fromkeys(integers, "i32")
 
 
 def _depthwise(
-    name: str, dtype: torch.dtype, channels: int, side: int, channels_last: bool, quantize: bool | None = None
-) -> StaticCase:  # fmt: skip
-    """quantize None: the input comes quantized, or has no activation."""
-    tile = depthwise_tile(channels, side, side, channels_last)
-    integers = ("images", "H", "W", "OH", "OW", "channel_units", "images_each")
-    integers += ("kh", "kw", "sh", "sw", "dh", "dw", "top", "left")
+    name: str, dtype: torch.dtype, channels: int, side: int, channels_last: bool, activation: str, amd: bool
+) -> StaticCase:
+    tile = depthwise_tile(channels, side, side, channels_last, amd)
+    warps = tile.pop("num_warps")
+    integers = "images H W OH OW channel_units images_each kh kw sh sw dh dw top left".split()
+    types = _types(name, integers) | {"pad_value": "fp32"}
     constants = {"CHANNELS_LAST": channels_last, "VEC": 16 // dtype.itemsize if channels_last else 1, "MULTIPLIER": 1}
-    activation = "none" if quantize is None else "hardswish"
-    constants |= {"HAS_BIAS": False, "QUANTIZE": bool(quantize), "ACTIVATION": activation, "INTERPRETED": False}
+    constants |= {"HAS_BIAS": False, "ACTIVATION": activation, "INTERPRETED": False}
     ones = ("images_each", "sh", "sw", "dh", "dw", "top", "left") if channels_last else ("dh", "dw")
     return _with_ones(
-        "aiwq_depthwise_moments", conv_kernels.depthwise_moments, _types(name, integers), constants | tile,
-        name, "2-8" if quantize else "-",
-        f"{_layout(channels_last)}, {tile['BH']}x{tile['BW']}x{tile['BC']}, {activation}{' + DuQ' if quantize else ''}",
-        ones, contracted=True,
+        "aiwq_depthwise_moments", conv_kernels.depthwise_moments, types, constants | tile, name, "-",
+        f"{_layout(channels_last)}, {tile['BH']}x{tile['BW']}x{tile['BC']}, {activation}", ones, contracted=True, num_warps=warps,
     )  # fmt: skip
 
 
@@ -92,13 +97,12 @@ def _pointwise(name: str, dtype: torch.dtype, channels_last: bool, wide: bool, q
     tile = pointwise_tile(dtype, amd)
     vec = 16 // dtype.itemsize if wide else 1
     options = {key: tile.pop(key) for key in ("num_warps", "num_stages")}
-    types = _types(name, ("images", "positions", "in_channels", "channels", "tiles_each", "images_each"))
-    del types["pad_value"]
+    types = _types(name, "images positions in_channels channels tiles_each images_each".split())
+    types |= {"A_ptr": "*fp32", "C_ptr": "*fp32"} | dict.fromkeys(("s", "lo", "offset"), "fp32")
     constants = {"CHANNELS_LAST": channels_last, "VEC": vec, "HAS_BIAS": False, "INTERPRETED": False}
-    constants |= {"QUANTIZE": quantize, "ACTIVATION": "hardswish"}
+    constants |= {"QUANTIZE": quantize, "ACTIVATION": "hardswish" if quantize else "none"}
     return _with_ones(
         "aiwq_pointwise_moments", conv_kernels.pointwise_moments, types, constants | tile, name, "2-8" if quantize else "-",
-        f"{_layout(channels_last)}, {tile['BP']}x{tile['BC']}x{tile['BK']}, rows of {vec}n, hardswish"
-        f"{' + DuQ' if quantize else ''}",
+        f"{_layout(channels_last)}, {tile['BP']}x{tile['BC']}x{tile['BK']}, rows of {vec}n{', hardswish + DuQ' if quantize else ''}",
         _ONES[channels_last], contracted=True, **options,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Triton kernels of AIWQ: moments of new and old outputs in one pass, and the KL from them.
 
-Of the last N elements of a channel that a program sees, with d = new - old and pivots K near the means:
+Over the elements of a channel that a program sees, with d = new - old and pivots K near the means:
 
     S_d = sum d                S_o = sum (old - K_old)               S_n = sum (new - K_new)
     S_dd = sum d^2             S_do = sum d * (old - K_old)          S_oo, S_nn = sums of squares
