@@ -104,3 +104,8 @@ EXPORT_FLOAT32_LOGITS = {"rtol": 0.02, "atol": 0.05}
 EXPORT_FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 # One operator in onnxruntime against PyTorch in float32, behind and in front of a 1x1 convolution.
 ONNX_OPERATOR = {"rtol": 1e-5, "atol": 1e-5}
+# The worst layer of any model of the zoo, likewise: 5% measured, where an input's peak is far above its RMS.
+EIGHT_BIT_WORST_LAYER = 0.08
+# Logits of a random network at 8 bits against its error under noise of one step in every weight and input: one draw of each,
+# and chaos decides which is larger (measured 0.1 to 1.2).
+EIGHT_BIT_OVER_NOISE = 2.0
