@@ -1,10 +1,6 @@
-<<<<<<< HEAD
 """A plain PyTorch loop: full precision, then 4 bits, then PROFIT's freezing. `python examples/plain_pytorch.py`
-=======
-"""A plain PyTorch loop: full precision, then 4-bit weights and activations, then PROFIT's freezing.
->>>>>>> 3133289 (Tests of hostile images, recipes and weight files, of the examples and the zoo)
 
-Run with `python examples/plain_pytorch.py`. Everything of this package that the loop uses works alone: take only what you need.
+Everything of this package that the loop uses works alone: take only what you need.
 """
 
 from __future__ import annotations
