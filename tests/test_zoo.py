@@ -24,7 +24,7 @@ REFUSED_ONLY = ("timm/efficientnet_cc_b0_4e", "timm/nf_regnet_b0")
 
 def assert_fine(row: zoo.Row) -> None:
     assert row.failed == [] and list(row.checks) != []
-    assert row.full_precision_error < 1e-4
+    assert row.full_precision_error < tolerances.CONVERTED_NETWORK
     assert row.worst_layer[1] < tolerances.EIGHT_BIT_WORST_LAYER
     assert row.eight_bit_error < tolerances.EIGHT_BIT_OVER_NOISE * row.noise_error
 
