@@ -60,6 +60,31 @@ PERCENTILE = 1e-3
 CALIBRATED = {"rtol": 1e-3, "atol": 0}
 # A 90% quantile of a uniform distribution on [0, 1] from a random part of 1e4 values: standard error 3e-3, five of them.
 SUBSAMPLED_QUANTILE = 0.015
+# The GPU against the reference there and in float64 on the CPU, relative L2. Sums in another order are 1e-6; a code that a
+# rounding edge flips moves one value of a thousand by a fifteenth (2e-3). In bfloat16 / float16 each value is rounded to 8 / 11
+# bits, and the reference in float64 is not.
+DEVICE_L2 = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 6e-3}
+# Interval gradients, per root of the number of terms (about 1000): a flipped code moves one term of order 1 by a fifteenth,
+# 2e-3; half precision rounds the upstream gradient of a fused layer (seen: 2e-5, 6e-3, 1.3e-3).
+DEVICE_INTERVAL = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# A training step of a small net in float32 against float64, relative L2 of each gradient: a flipped code moves all behind it.
+DEVICE_STEP = 0.05
+# Eager against compiled, float32: the compiler fuses, so sums and products round in another order.
+COMPILED = {"rtol": 1e-4, "atol": 1e-5}
+# Mean, variance and 1 / deviation of a channel, float32 from sums in float64: one rounding, and what a mean of 1000 deviations
+# costs a variance taken as a difference in float64.
+MOMENTS = {"rtol": 2e-7, "atol": 1e-9}
+# A whole block in float32 against torch's own functions, in L2, relative: BatchNorm is evaluated in another order, so that a
+# code in about 1e5 may be one step apart, of 500 to 1000 values in these cases. A missing term shows in the first digit.
+BLOCK_RELATIVE = 0.02
+# A few training steps in float64, BatchNorm evaluated in another order: roundings of 1e-16, grown by the steps.
+FUSED_TRAINING = {"rtol": 1e-8, "atol": 1e-10}
+# The same in float32 with 4-bit codes: a code in about 1e5 falls on the other side of an edge, and moves later steps.
+FUSED_LOSS = 0.02
+# AIWQ in float32 where nothing changed: the outputs are the same numbers but for the order of a convolution's sums.
+KL_OF_NOTHING = 1e-9
+# Two processes against one in float64: sums in another order, over a few steps of training; the scores pass through float32.
+PROCESSES = {"rtol": 1e-6, "atol": 1e-9}
 # KL against a layer's old output whose sums run in another order: off by the roundings of single outputs over their deviation,
 # in half precision a unit in the last place of a few of them.
 KL_CONV_KERNEL = {
@@ -71,3 +96,20 @@ KL_CONV_KERNEL = {
 KL_SAME_WEIGHT = {torch.float32: 1e-11, torch.bfloat16: 1e-5, torch.float16: 1e-7}
 # KL of a channel that died: the reference's 1 + (r - 1) keeps four digits of r = eps / var_old = 1e-12, of 28 in -ln r.
 KL_DIED = {"rtol": 1e-5, "atol": 0}
+# The integer runtime in float64 against the model in float64: integers times a scale, and float sums of up to a few hundred
+# products; what is left is the rounding of float64.
+EXPORT_CONV64 = {"rtol": 1e-9, "atol": 1e-9}
+# The same in float32 where a code at an edge may turn over: one step of an 8-bit code moves an output of order 1 by below 0.05.
+EXPORT_FLOAT32_LOGITS = {"rtol": 0.02, "atol": 0.05}
+# onnxruntime in float32 against the runtime in float64, all codes equal: float sums between the layers and in the last one.
+EXPORT_FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
+# One operator in onnxruntime against PyTorch in float32, behind and in front of a 1x1 convolution.
+ONNX_OPERATOR = {"rtol": 1e-5, "atol": 1e-5}
+# Logits of a converted network in full precision, relative L2: BatchNorm inside the consumer rounds in another order, and a deep
+# random network amplifies that (measured 3e-5).
+CONVERTED_NETWORK = 5e-4
+# The worst layer of any model of the zoo, likewise: 5% measured, where an input's peak is far above its RMS.
+EIGHT_BIT_WORST_LAYER = 0.08
+# Logits of a random network at 8 bits against its error under noise of one step in every weight and input: one draw of each,
+# and chaos decides which is larger (measured 0.1 to 1.2).
+EIGHT_BIT_OVER_NOISE = 2.0

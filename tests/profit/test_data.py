@@ -154,7 +154,7 @@ def test_image_folder_errors(folder) -> None:
         create_data(_folder_recipe(folder, name=f"imagefolder:{folder}"))
     (folder / "val" / "dog").mkdir()
     (folder / "val" / "ant" / "0.png").rename(folder / "val" / "dog" / "0.png")
-    with pytest.raises(DataError, match="holds classes that train lacks: dog"):
+    with pytest.raises(DataError, match="holds classes that the training images lack: dog"):
         create_data(_folder_recipe(folder))
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match="holds no image"):
