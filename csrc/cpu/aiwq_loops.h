@@ -1,13 +1,6 @@
 // Sums for means and variances. Included once per instruction set by depthwise_loops.h, hence no include guard.
 namespace PROFIT_ISA {
 
-typedef float HalfVec __attribute__((vector_size(PROFIT_LANES / 2 * sizeof(float)), aligned(alignof(float)), may_alias));
-typedef double DoubleVec __attribute__((vector_size(PROFIT_LANES / 2 * sizeof(double)), aligned(alignof(double)), may_alias));
-
-PROFIT_INLINE DoubleVec load_double(const float* p) {
-  return __builtin_convertvector(*reinterpret_cast<const HalfVec*>(p), DoubleVec);
-}
-
 // Adds to sums[lane] the sum of y - shift over the columns, and to sums[lanes + lane] that of its square, lanes = 16 * groups.
 PROFIT_TARGET inline void add_row(ConstLanes y, const float* shift, int64_t columns, int64_t groups, double* sums) {
   constexpr int64_t kStep = PROFIT_LANES / 2;

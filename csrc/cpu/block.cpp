@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
+#include <numeric>
 #include <tuple>
 #include <vector>
 
@@ -19,8 +20,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// float32 additions to a lane before it is added to a sum in double.
-constexpr int64_t kRunsPerSum = 16;
+// Additions in float32 to a sum beside a lane before it goes on in double.
+constexpr int64_t kAdditions = 64;
 
 void check_input(const Tensor& x) {
   const auto type = x.scalar_type();
@@ -33,16 +34,16 @@ void check_input(const Tensor& x) {
       "block: x must be contiguous or channels_last");
 }
 
-// Runs of a tensor of any of the types as floats: in place, or by way of a buffer.
-class Runs {
+// Tiles of a tensor of any of the types as floats: in place, or by way of a buffer.
+class Tiles {
  public:
-  Runs(const Tensor& t, bool writable, const BlockKernels& kernels, int64_t lanes)
+  Tiles(const Tensor& t, bool writable, const BlockKernels& kernels, int64_t size)
       : data_(static_cast<char*>(writable ? t.mutable_data_ptr() : const_cast<void*>(t.const_data_ptr()))),
         is_float_(t.scalar_type() == ScalarType::Float),
         kernels_(kernels),
-        buffer_(is_float_ ? 0 : lanes) {}
+        buffer_(is_float_ ? 0 : size) {}
 
-  // Where the floats of the run may be written.
+  // Where the floats of the tile may be written.
   float* room(int64_t at) { return is_float_ ? reinterpret_cast<float*>(data_) + at : buffer_.data(); }
   float* load(int64_t at, int64_t n) {
     if (!is_float_) {
@@ -62,12 +63,6 @@ class Runs {
   const BlockKernels& kernels_;
   std::vector<float> buffer_;
 };
-
-std::vector<float> spread(const Walk& walk, const std::vector<float>& per_channel, int64_t task) {
-  std::vector<float> lanes(walk.room(), 0.0f);
-  walk.spread(per_channel, task, lanes.data());
-  return lanes;
-}
 
 // Sums of a channel over its parts, in order.
 std::vector<double> total(const Walk& walk, const std::vector<double>& partial) {
@@ -100,36 +95,37 @@ struct BackwardSums {
 
 // The first pass of the backward: grad becomes alpha * dL/dv.
 void first_pass(
-    const Walk& walk, const Tensor& grad, const Tensor& x, const Front& front, const Quantizer<float>& quantizer,
-    const BlockKernels& kernels, BackwardSums& sums) {
+    const Walk& walk, const Tensor& grad, const Tensor& x, const InputSide& input, const BlockKernels& kernels,
+    BackwardSums& sums) {
   walk.parallel([&](int64_t begin, int64_t end) {
-    const int64_t lanes = walk.room();
-    Runs from(x, false, kernels, lanes), gradient(grad, true, kernels, lanes);
-    std::vector<float> lane_sums(4 * lanes, 0.0f);
-    const LaneSums lane{lane_sums.data(), lane_sums.data() + lanes, lane_sums.data() + 2 * lanes, lane_sums.data() + 3 * lanes};
+    const int64_t room = walk.room();
+    Tiles from(x, false, kernels, walk.tile()), gradient(grad, true, kernels, walk.tile());
+    std::vector<float> lane_sums(4 * room, 0.0f);
+    const LaneSums lane{lane_sums.data(), lane_sums.data() + room, lane_sums.data() + 2 * room, lane_sums.data() + 3 * room};
     for (int64_t task = begin; task < end; ++task) {
-      const auto alpha = spread(walk, front.alpha, task), shift = spread(walk, front.shift, task);
-      const auto mean = spread(walk, front.mean, task);
+      const auto alpha = walk.spread(input.front.alpha, task), shift = walk.spread(input.front.shift, task);
+      const auto mean = walk.spread(input.front.mean, task);
       double* g = sums.g.data() + walk.part(task) * walk.channels();
       double* gx = sums.gx.data() + walk.part(task) * walk.channels();
       const auto flush = [&] {
         walk.gather(lane.g, task, g);
         walk.gather(lane.gx, task, gx);
-        for (int64_t i = 0; i < lanes; ++i) {
-          sums.a[task] += lane.a[i];
-          sums.c[task] += lane.c[i];
-        }
+        sums.a[task] = std::accumulate(lane.a, lane.a + room, sums.a[task]);
+        sums.c[task] = std::accumulate(lane.c, lane.c + room, sums.c[task]);
         std::fill(lane_sums.begin(), lane_sums.end(), 0.0f);
       };
-      int64_t waiting = 0;
-      walk.runs(task, [&](int64_t at, int64_t n) {
-        kernels.input_backward(
-            gradient.load(at, n), from.load(at, n), n, alpha.data(), shift.data(), mean.data(), quantizer, lane);
-        gradient.store(at, n);
-        if (++waiting == kRunsPerSum) {
+      int64_t added = 0;
+      walk.tiles(task, [&](int64_t at, int64_t lanes, int64_t rows) {
+        if (added + rows > kAdditions) {
           flush();
-          waiting = 0;
+          added = 0;
         }
+        const Tile tile{lanes, rows};
+        kernels.input_backward(
+            gradient.load(at, tile.size()), from.load(at, tile.size()), tile, {alpha.data(), shift.data(), mean.data()},
+            input.quantizer, lane);
+        gradient.store(at, tile.size());
+        added += rows;
       });
       flush();
     }
@@ -153,13 +149,15 @@ std::pair<std::optional<Tensor>, std::optional<Tensor>> finish_batch_norm(
   if (of_batch) {
     const BlockKernels kernels = block_kernels(x.scalar_type(), false, Activation::none, {});
     walk.parallel([&](int64_t begin, int64_t end) {
-      Runs from(x, false, kernels, walk.room()), gradient(grad, true, kernels, walk.room());
+      Tiles from(x, false, kernels, walk.tile()), gradient(grad, true, kernels, walk.tile());
       for (int64_t task = begin; task < end; ++task) {
-        const auto mean = spread(walk, front.mean, task), slopes = spread(walk, slope, task);
-        const auto constants = spread(walk, constant, task);
-        walk.runs(task, [&](int64_t at, int64_t m) {
-          kernels.finish(gradient.load(at, m), from.load(at, m), m, slopes.data(), mean.data(), constants.data());
-          gradient.store(at, m);
+        const auto mean = walk.spread(front.mean, task), slopes = walk.spread(slope, task);
+        const auto constants = walk.spread(constant, task);
+        walk.tiles(task, [&](int64_t at, int64_t lanes, int64_t rows) {
+          const Tile tile{lanes, rows};
+          kernels.finish(
+              gradient.load(at, tile.size()), from.load(at, tile.size()), tile, slopes.data(), mean.data(), constants.data());
+          gradient.store(at, tile.size());
         });
       }
     });
@@ -180,13 +178,15 @@ std::tuple<Tensor, Tensor, Tensor> block_moments(Tensor x, double eps) {
   const BlockKernels kernels = block_kernels(x.scalar_type(), false, Activation::none, {});
   std::vector<double> sums(walk.parts() * walk.channels(), 0.0), squares(sums.size(), 0.0);
   walk.parallel([&](int64_t begin, int64_t end) {
-    const int64_t lanes = walk.lanes();
-    Runs from(x, false, kernels, lanes);
-    std::vector<double> sum(lanes), square(lanes);
+    Tiles from(x, false, kernels, walk.tile());
+    std::vector<double> sum(walk.room()), square(walk.room());
     for (int64_t task = begin; task < end; ++task) {
       std::fill(sum.begin(), sum.end(), 0.0);
       std::fill(square.begin(), square.end(), 0.0);
-      walk.runs(task, [&](int64_t at, int64_t n) { kernels.moments(from.load(at, n), n, sum.data(), square.data()); });
+      walk.tiles(task, [&](int64_t at, int64_t lanes, int64_t rows) {
+        const Tile tile{lanes, rows};
+        kernels.moments(from.load(at, tile.size()), tile, sum.data(), square.data());
+      });
       walk.gather(sum.data(), task, sums.data() + walk.part(task) * walk.channels());
       walk.gather(square.data(), task, squares.data() + walk.part(task) * walk.channels());
     }
@@ -214,12 +214,14 @@ Tensor block_input(
   const auto kernels = block_kernels(x.scalar_type(), input.quantized, input.activation, input.quantizer);
   Tensor y = torch::stable::empty_like(x);
   walk.parallel([&](int64_t begin, int64_t end) {
-    Runs from(x, false, kernels, walk.lanes()), to(y, true, kernels, walk.lanes());
+    Tiles from(x, false, kernels, walk.tile()), to(y, true, kernels, walk.tile());
     for (int64_t task = begin; task < end; ++task) {
-      const auto alpha = spread(walk, front.alpha, task), shift = spread(walk, front.shift, task);
-      walk.runs(task, [&](int64_t at, int64_t n) {
-        kernels.input(from.load(at, n), to.room(at), n, alpha.data(), shift.data(), input.quantizer);
-        to.store(at, n);
+      const auto alpha = walk.spread(front.alpha, task), shift = walk.spread(front.shift, task);
+      walk.tiles(task, [&](int64_t at, int64_t lanes, int64_t rows) {
+        const Tile tile{lanes, rows};
+        kernels.input(
+            from.load(at, tile.size()), to.room(at), tile, {alpha.data(), shift.data(), nullptr}, input.quantizer);
+        to.store(at, tile.size());
       });
     }
   });
@@ -240,7 +242,7 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, 
   const Front& front = input.front;
   const auto kernels = block_kernels(x.scalar_type(), input.quantized, input.activation, input.quantizer);
   BackwardSums sums(walk);
-  first_pass(walk, grad, x, front, input.quantizer, kernels, sums);
+  first_pass(walk, grad, x, input, kernels, sums);
 
   std::optional<Tensor> g_gamma, g_beta, ga, gc;
   if (bits.has_value()) {

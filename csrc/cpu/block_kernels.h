@@ -10,7 +10,16 @@
 
 namespace profit::cpu {
 
-// float32 sums beside the elements of a run.
+// A tile: `rows` rows of `lanes` elements, one after the other.
+struct Tile {
+  int64_t lanes, rows;
+  int64_t size() const { return lanes * rows; }
+};
+
+// Constants beside the lanes, and float32 sums, with room for whole registers.
+struct LaneFront {
+  const float *alpha, *shift, *mean;
+};
 struct LaneSums {
   float *g, *gx, *a, *c;
 };
@@ -19,12 +28,10 @@ struct LaneSums {
 struct BlockKernels {
   void (*widen)(const void* from, float* to, int64_t n);
   void (*narrow)(const float* from, void* to, int64_t n);
-  void (*input)(const float* x, float* y, int64_t n, const float* alpha, const float* shift, const Quantizer<float>&);
-  void (*input_backward)(
-      float* g, const float* x, int64_t n, const float* alpha, const float* shift, const float* mean, const Quantizer<float>&,
-      const LaneSums&);
-  void (*finish)(float* g, const float* x, int64_t n, const float* slope, const float* mean, const float* constant);
-  void (*moments)(const float* x, int64_t n, double* sum, double* square);
+  void (*input)(const float* x, float* y, Tile, const LaneFront&, const Quantizer<float>&);
+  void (*input_backward)(float* g, const float* x, Tile, const LaneFront&, const Quantizer<float>&, const LaneSums&);
+  void (*finish)(float* g, const float* x, Tile, const float* slope, const float* mean, const float* constant);
+  void (*moments)(const float* x, Tile, double* sum, double* square);
 };
 
 // The table for the instruction set in use (isa.h). `type` is that of x; `quantized` false lets act(v) pass through.

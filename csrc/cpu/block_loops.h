@@ -1,4 +1,4 @@
-// The inner loops of a block's input side, over a run of n elements whose channels' constants stand beside them. Included once
+// The inner loops of a block's input side, over tiles whose lanes have their channels' constants beside them. Included once
 // per instruction set by block_kernels.cpp, hence no include guard.
 #include "duq_math.h"
 
@@ -23,68 +23,105 @@ PROFIT_INLINE void store_some(float* p, Vec v, int64_t n) {
   std::copy_n(some, n, p);
 }
 
-// duq(act(v)), or act(v) alone, of v = alpha * x + shift. The constants (and the sums below) have room for whole registers.
+// duq(act(v)), or act(v) alone, of v = alpha * x + shift.
 template <Activation act, bool quantized>
 PROFIT_TARGET void input(
-    const float* x, float* y, int64_t n, const float* alpha, const float* shift, const Quantizer<float>& quantizer) {
+    const float* x, float* y, Tile tile, const LaneFront& front, const Quantizer<float>& quantizer) {
   const VecQuantizer k(quantizer);
-  for (int64_t i = 0; i < n; i += PROFIT_LANES) {
-    const int64_t m = std::min<int64_t>(PROFIT_LANES, n - i);
-    const Vec v = load_some(x + i, m) * load(alpha + i) + load(shift + i);
-    if constexpr (quantized) {
-      store_some(y + i, k.value(k.code(k.clipped<act>(v))), m);
-    } else {
-      store_some(y + i, activate<act>(v), m);
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    for (int64_t i = 0; i < tile.lanes; i += PROFIT_LANES) {
+      const int64_t n = std::min<int64_t>(PROFIT_LANES, tile.lanes - i), at = row * tile.lanes + i;
+      const Vec v = load_some(x + at, n) * load(front.alpha + i) + load(front.shift + i);
+      if constexpr (quantized) {
+        store_some(y + at, k.value(k.code(k.clipped<act>(v))), n);
+      } else {
+        store_some(y + at, activate<act>(v), n);
+      }
     }
   }
 }
 
-// g, the gradient of the result, becomes alpha times that of v. Adds to the sums of the latter and of it times x - mean, and to the terms of -dL/dA and of
-// s * dL/dC.
+// g, the gradient of the result, becomes alpha times that of v. Adds to the sums of the latter, of it times x - mean, and to the
+// terms of -dL/dA and of s * dL/dC.
 template <Activation act, bool quantized>
 PROFIT_TARGET void input_backward(
-    float* g, const float* x, int64_t n, const float* alpha, const float* shift, const float* mean,
-    const Quantizer<float>& quantizer, const LaneSums& sums) {
+    float* g, const float* x, Tile tile, const LaneFront& front, const Quantizer<float>& quantizer, const LaneSums& sums) {
   const VecQuantizer k(quantizer);
-  for (int64_t i = 0; i < n; i += PROFIT_LANES) {
-    const int64_t m = std::min<int64_t>(PROFIT_LANES, n - i);
-    const Vec from = load_some(x + i, m);
-    const Vec v = from * load(alpha + i) + load(shift + i);
-    Vec gv = load_some(g + i, m);
-    if constexpr (quantized) {
-      const Vec u = k.clipped<act>(v);
-      store(sums.c + i, load(sums.c + i) + gv * k.code(u));
-      gv *= k.slope(u);
-      store(sums.a + i, load(sums.a + i) + gv * u);  // a NaN is seen in the sum
+  for (int64_t i = 0; i < tile.lanes; i += PROFIT_LANES) {
+    const int64_t n = std::min<int64_t>(PROFIT_LANES, tile.lanes - i);
+    const Vec alpha = load(front.alpha + i), shift = load(front.shift + i), mean = load(front.mean + i);
+    Vec of_g = load(sums.g + i), of_gx = load(sums.gx + i), of_a = load(sums.a + i), of_c = load(sums.c + i);
+    for (int64_t at = i; at < tile.size(); at += tile.lanes) {
+      // Columns of a tile are no stream that the processor would see: the next tile's are asked for.
+      __builtin_prefetch(x + at + tile.size());
+      __builtin_prefetch(g + at + tile.size(), 1);
+      const Vec from = load_some(x + at, n);
+      const Vec v = from * alpha + shift;
+      Vec gv = load_some(g + at, n);
+      if constexpr (quantized) {
+        const Vec u = k.clipped<act>(v);
+        of_c += gv * k.code(u);
+        gv *= k.slope(u);
+        of_a += gv * u;  // a NaN is seen in the sum
+      }
+      if constexpr (act != Activation::none) {
+        const Vec slope = activate_grad<act>(v);
+        gv *= v == v ? slope : Vec{};
+      }
+      of_g += gv;
+      of_gx += gv * (from - mean);
+      store_some(g + at, gv * alpha, n);
     }
-    if constexpr (act != Activation::none) {
-      const Vec slope = activate_grad<act>(v);
-      gv *= v == v ? slope : Vec{};
-    }
-    store(sums.g + i, load(sums.g + i) + gv);
-    store(sums.gx + i, load(sums.gx + i) + gv * (from - load(mean + i)));
-    store_some(g + i, gv * load(alpha + i), m);
+    store(sums.g + i, of_g);
+    store(sums.gx + i, of_gx);
+    store(sums.a + i, of_a);
+    store(sums.c + i, of_c);
   }
 }
 
 // What the statistics of the batch add to g = alpha * dL/dv.
 PROFIT_TARGET inline void finish(
-    float* __restrict g, const float* __restrict x, int64_t n, const float* __restrict slope, const float* __restrict mean,
-    const float* __restrict constant) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    g[i] += slope[i] * (x[i] - mean[i]) + constant[i];
+    float* g, const float* x, Tile tile, const float* slope, const float* mean, const float* constant) {
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    for (int64_t i = 0; i < tile.lanes; i += PROFIT_LANES) {
+      const int64_t n = std::min<int64_t>(PROFIT_LANES, tile.lanes - i), at = row * tile.lanes + i;
+      const Vec centred = load_some(x + at, n) - load(mean + i);
+      store_some(g + at, load_some(g + at, n) + load(slope + i) * centred + load(constant + i), n);
+    }
   }
 }
 
-// Adds n elements and their squares to sums in double.
-PROFIT_TARGET inline void moments(
-    const float* __restrict x, int64_t n, double* __restrict sum, double* __restrict square) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const double v = x[i];
-    sum[i] += v;
-    square[i] += v * v;
+// Adds x and its square to sums in double.
+PROFIT_TARGET inline void moments(const float* x, Tile tile, double* sum, double* square) {
+  constexpr int64_t kHalf = PROFIT_LANES / 2;
+  for (int64_t i = 0; i < tile.lanes; i += PROFIT_LANES) {
+    const int64_t n = std::min<int64_t>(PROFIT_LANES, tile.lanes - i);
+    DoubleVec first[2], second[2];
+#pragma GCC unroll 2
+    for (int64_t h = 0; h < 2; ++h) {
+      first[h] = *reinterpret_cast<DoubleVec*>(sum + i + h * kHalf);
+      second[h] = *reinterpret_cast<DoubleVec*>(square + i + h * kHalf);
+    }
+    for (int64_t at = i; at < tile.size(); at += tile.lanes) {
+      const float* from = x + at;
+      float some[PROFIT_LANES] = {};
+      if (n < PROFIT_LANES) {
+        std::copy_n(from, n, some);
+        from = some;
+      }
+      __builtin_prefetch(x + at + tile.size());
+#pragma GCC unroll 2
+      for (int64_t h = 0; h < 2; ++h) {
+        const DoubleVec v = load_double(from + h * kHalf);
+        first[h] += v;
+        second[h] += v * v;
+      }
+    }
+#pragma GCC unroll 2
+    for (int64_t h = 0; h < 2; ++h) {
+      *reinterpret_cast<DoubleVec*>(sum + i + h * kHalf) = first[h];
+      *reinterpret_cast<DoubleVec*>(square + i + h * kHalf) = second[h];
+    }
   }
 }
 

@@ -83,38 +83,45 @@ PROFIT_TARGET void finish_row(
     ConstLanes gq, ConstLanes x, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups,
     const Quantizer<float>& quantizer, const FrontLanes& front, float* row_sums, double* sums) {
   const VecQuantizer k(quantizer);
-  const int64_t lanes = groups * kGroup, rows = Front::normed ? 4 : quantized ? 2 : 0;
-  std::fill_n(row_sums, rows * lanes, 0.0f);
-  for (int64_t i = 0; i < columns; ++i) {
-    for (int64_t m = 0; m < groups; ++m) {
-      const float* from = gq.at(m, i);
-      float* to = gx.at(m, i);
-      float* sum_a = row_sums + m * kGroup;
-      float* sum_c = sum_a + lanes;
-      float* sum_g = sum_c + lanes;
-      float* sum_gx = sum_g + lanes;
-      const int64_t kept = (m * columns + i) * kGroup;
-      __builtin_prefetch(to + gx.ahead, 1);
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < kGroup; j += PROFIT_LANES) {
-        const Vec g = load(from + j);
+  constexpr int64_t rows = Front::normed ? 4 : quantized ? 2 : 0;
+  const int64_t lanes = groups * kGroup;
+  for (int64_t m = 0; m < groups; ++m) {
+    for (int64_t j = 0; j < kGroup; j += PROFIT_LANES) {
+      const int64_t lane = m * kGroup + j;
+      Vec sum_a{}, sum_c{}, sum_g{}, sum_gx{}, alpha{}, mean{};
+      if constexpr (Front::normed) {
+        alpha = load(front.alpha + lane);
+        mean = load(front.mean + lane);
+      }
+      for (int64_t i = 0; i < columns; ++i) {
+        const int64_t kept = (m * columns + i) * kGroup + j;
+        float* to = gx.at(m, i) + j;
+        __builtin_prefetch(to + gx.ahead, 1);
+        const Vec g = load(gq.at(m, i) + j);
         Vec gv = g;
         if constexpr (quantized) {
-          const Vec v = load(u + kept + j);
+          const Vec v = load(u + kept);
           gv = g * k.slope(v);
-          store(sum_a + j, load(sum_a + j) + gv * v);
-          store(sum_c + j, load(sum_c + j) + g * k.code(v));
+          sum_a += gv * v;
+          sum_c += g * k.code(v);
         }
         if constexpr (act != Activation::none) {
-          gv *= load(slope + kept + j);
+          gv *= load(slope + kept);
         }
         if constexpr (Front::normed) {
-          const int64_t lane = m * kGroup + j;
-          store(sum_g + j, load(sum_g + j) + gv);
-          store(sum_gx + j, load(sum_gx + j) + gv * (load(x.at(m, i) + j) - load(front.mean + lane)));
-          gv *= load(front.alpha + lane);
+          sum_g += gv;
+          sum_gx += gv * (load(x.at(m, i) + j) - mean);
+          gv *= alpha;
         }
-        store(to + j, gv);
+        store(to, gv);
+      }
+      if constexpr (rows > 0) {
+        store(row_sums + lane, sum_a);
+        store(row_sums + lanes + lane, sum_c);
+      }
+      if constexpr (Front::normed) {
+        store(row_sums + 2 * lanes + lane, sum_g);
+        store(row_sums + 3 * lanes + lane, sum_gx);
       }
     }
   }

@@ -10,6 +10,14 @@ typedef float Vec __attribute__((vector_size(PROFIT_LANES * sizeof(float)), alig
 PROFIT_INLINE Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 PROFIT_INLINE void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 
+// Half a register of floats as one of doubles.
+typedef float HalfVec __attribute__((vector_size(PROFIT_LANES / 2 * sizeof(float)), aligned(alignof(float)), may_alias));
+typedef double DoubleVec __attribute__((vector_size(PROFIT_LANES / 2 * sizeof(double)), aligned(alignof(double)), may_alias));
+
+PROFIT_INLINE DoubleVec load_double(const float* p) {
+  return __builtin_convertvector(*reinterpret_cast<const HalfVec*>(p), DoubleVec);
+}
+
 // v in every lane.
 template <typename V, typename T>
 PROFIT_INLINE V splat(T v) {
