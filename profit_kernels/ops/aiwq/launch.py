@@ -110,7 +110,8 @@ def _depthwise(
     vec = vector(in_channels, x.element_size()) if CHANNELS_LAST else 1
     partial = _partials(y_new, grid)
     conv_kernels.depthwise_moments[grid](
-        x, weight, bias, y_new, partial, images, height, width, out_h, out_w, channels // vec, images_each, *geometry, pad_value,
+        x, weight, bias, y_new, partial, images, height, width, out_h, out_w, channels // vec, images_each,
+        *geometry, pad_value,
         CHANNELS_LAST=CHANNELS_LAST, VEC=vec, MULTIPLIER=channels // in_channels, **constants, **tile,
         INTERPRETED=triton_interpreted(), enable_fp_fusion=False,
     )  # fmt: skip
