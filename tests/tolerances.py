@@ -104,7 +104,7 @@ EXPORT_FLOAT32_LOGITS = {"rtol": 0.02, "atol": 0.05}
 EXPORT_FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 # One operator in onnxruntime against PyTorch in float32, behind and in front of a 1x1 convolution.
 ONNX_OPERATOR = {"rtol": 1e-5, "atol": 1e-5}
-# Logits of a converted network in full precision, relative L2: BatchNorm inside the consumer rounds in another order, and a deep
+# Logits of a converted network in full precision, relative L2: BatchNorm in the consumer rounds in another order, and a deep
 # random network amplifies that (measured 3e-5).
 CONVERTED_NETWORK = 5e-4
 # The worst layer of any model of the zoo, likewise: 5% measured, where an input's peak is far above its RMS.
