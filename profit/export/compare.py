@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from profit_kernels.testing import BAND_ULPS
 
-from ..nn import QuantLayer
+from ..nn import QuantConv2d, QuantLayer
 from ..nn.quantizer import inverse_softplus
 from ..quantize import quant_layers
 from .layers import positive, weight_codes
@@ -116,8 +116,9 @@ def model_codes(model: nn.Module, images: Tensor) -> tuple[Tensor, Codes]:
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             runs[0] += 1
             steps = 2 ** (quantizer.bits - 1) - 1 if quantizer.signed else 2**quantizer.bits - 1
-            y = quantizer.fake_quantize(inputs[0]).double()
-            scale = F.softplus(quantizer.c.double()) if y.dtype == quantizer.c.dtype else positive(quantizer.c)
+            x = layer.after_norm(inputs[0]) if isinstance(layer, QuantConv2d) else inputs[0]
+            y = quantizer.fake_quantize(x).double().cpu()
+            scale = F.softplus(quantizer.c.cpu()) if quantizer.c.dtype == torch.float64 else positive(quantizer.c)
             code = torch.round((y - quantizer.offset) * (steps / scale))
             codes[name if runs[0] == 1 else f"{name}#{runs[0]}"] = code.to(torch.int32)
 

@@ -15,8 +15,8 @@ from .network import ActivationCodes, Layer
 
 
 def positive(raw: Tensor) -> Tensor:
-    """softplus of a raw interval parameter as the operators compute it: in float32, then exact in float64."""
-    return F.softplus(raw.detach().float()).double()
+    """softplus of a raw float32 interval parameter as the operators use it: rounded to float32. float64, on the CPU."""
+    return F.softplus(raw.detach().cpu().double()).float().double()
 
 
 def activation_codes(quantizer: InputQuantizer) -> ActivationCodes | None:

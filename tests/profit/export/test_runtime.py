@@ -100,8 +100,8 @@ def test_the_border_pixel_by_pixel(geometry, channels, rng):
     x = torch.randn(2, 6, 9, 8, generator=rng).double() * 2
     pads = layer.padding4(x)
     quantizers = (layer.input_quantizer, layer.weight_quantizer)
-    # a and c are float32: what the file holds is the softplus in float32, and this test is about the border.
-    (a, c), (aw, cw) = (tuple(_inverse(torch.nn.functional.softplus(p.detach())) for p in (q.a, q.c)) for q in quantizers)
+    # What acts, and what the file holds, is the softplus rounded to float32; this test is about the border.
+    (a, c), (aw, cw) = (tuple(_inverse(_positive(p)) for p in (q.a, q.c)) for q in quantizers)
     h = textbook_duq(x, a, c, 4, False, -0.375, "hardswish")
     w = textbook_duq(layer.weight.detach().double(), aw, cw, 4, True, 0.0, "none")
     expected = loop_depthwise(h.numpy(), w.detach().numpy(), layer.stride, pads, layer.dilation, layer.pad_value)
@@ -117,8 +117,11 @@ def test_the_border_pixel_by_pixel(geometry, channels, rng):
                   - expected[:, :, ~interior]).max() > 0.01  # fmt: skip
 
 
+def _positive(raw):
+    return torch.nn.functional.softplus(raw.detach().double()).float().double()
+
+
 def _inverse(value):
-    value = value.double()
     return value + torch.log(-torch.expm1(-value))
 
 
