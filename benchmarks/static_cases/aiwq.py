@@ -89,8 +89,8 @@ def _depthwise(
     ones = ("images_each", "sh", "sw", "dh", "dw", "top", "left") if channels_last else ("dh", "dw")
     return _with_ones(
         "aiwq_depthwise_moments", conv_kernels.depthwise_moments, types, constants | tile, name, "-",
-        f"{_layout(channels_last)}, {tile['BH']}x{tile['BW']}x{tile['BC']}, {activation}", ones, contracted=True,
-        num_warps=warps,
+        f"{_layout(channels_last)}, {tile['BH']}x{tile['BW']}x{tile['BC']}, {activation}",
+        ones, contracted=True, num_warps=warps,
     )  # fmt: skip
 
 
@@ -104,7 +104,6 @@ def _pointwise(name: str, dtype: torch.dtype, channels_last: bool, wide: bool, q
     constants |= {"QUANTIZE": quantize, "ACTIVATION": "hardswish" if quantize else "none"}
     return _with_ones(
         "aiwq_pointwise_moments", conv_kernels.pointwise_moments, types, constants | tile, name, "2-8" if quantize else "-",
-        f"{_layout(channels_last)}, {tile['BP']}x{tile['BC']}x{tile['BK']}, rows of {vec}n"
-        f"{', hardswish + DuQ' if quantize else ''}",
+        f"{_layout(channels_last)}, {tile['BP']}x{tile['BC']}x{tile['BK']}, rows of {vec}n{', with DuQ' if quantize else ''}",
         _ONES[channels_last], contracted=True, **options,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Triton kernels of AIWQ: moments of new and old outputs in one pass, and the KL from them.
 
-Over the elements of a channel that a program sees, with d = new - old and pivots K near the means:
+Over the elements of a channel that a program sees, with pivots K_old and K_new near the means:
 
-    S_d = sum d                S_o = sum (old - K_old)               S_n = sum (new - K_new)
-    S_dd = sum d^2             S_do = sum d * (old - K_old)          S_oo, S_nn = sums of squares
+    o = old - K_old,  n = new - K_new,  d = (new - old) - (K_new - K_old)
+    S_d, S_o, S_n = their sums;  S_dd, S_do, S_oo, S_nn = the sums of d * d, d * o, o * o, n * n
 
 A program adds up a few tiles [positions, channels] in float32, at most some tens of terms in a row, then reduces in float64
 and writes one row of partial sums; `divergence` adds the rows in float64 and evaluates
@@ -39,7 +39,7 @@ def pivot(v, live):
 @triton.jit
 def terms(new, old, K_new, K_old, live):
     """The terms of the seven sums, 0 where not live."""
-    d = tl.where(live, new - old, 0.0)
+    d = tl.where(live, (new - old) - (K_new - K_old)[None, :], 0.0)
     o = tl.where(live, old - K_old[None, :], 0.0)
     n = tl.where(live, new - K_new[None, :], 0.0)
     return d, o, n, d * d, d * o, o * o, n * n
@@ -124,8 +124,8 @@ def divergence(partial_ptr, kl_ptr, programs, channels, eps, BP: tl.constexpr, B
     """KL of BC channels from the partial sums of all programs, in float64."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     plane = tl.cast(programs, tl.int64) * channels
-    first_old = tl.load(partial_ptr + plane + c, mask=c < channels, other=0.0).to(tl.float64)
-    first_new = tl.load(partial_ptr + 2 * plane + c, mask=c < channels, other=0.0).to(tl.float64)
+    first_old = tl.load(partial_ptr + plane + c, mask=c < channels, other=0.0)
+    first_new = tl.load(partial_ptr + 2 * plane + c, mask=c < channels, other=0.0)
     zero = tl.zeros([BP, BC], dtype=tl.float64)
     count, t_d, t_o, t_n, t_dd, t_do, t_oo, t_nn = zero, zero, zero, zero, zero, zero, zero, zero
     for p0 in range(0, programs, BP):
@@ -134,19 +134,27 @@ def divergence(partial_ptr, kl_ptr, programs, channels, eps, BP: tl.constexpr, B
         at = partial_ptr + p.to(tl.int64)[:, None] * channels + c[None, :]
         n = tl.load(at, mask=live, other=0.0).to(tl.float64)
         # From a program's pivots to those of the first one.
-        o_shift = tl.where(live, tl.load(at + plane, mask=live, other=0.0).to(tl.float64) - first_old[None, :], 0.0)
-        n_shift = tl.where(live, tl.load(at + 2 * plane, mask=live, other=0.0).to(tl.float64) - first_new[None, :], 0.0)
+        K_old = tl.load(at + plane, mask=live, other=0.0)
+        K_new = tl.load(at + 2 * plane, mask=live, other=0.0)
+        o_shift = K_old.to(tl.float64) - first_old.to(tl.float64)[None, :]
+        n_shift = K_new.to(tl.float64) - first_new.to(tl.float64)[None, :]
+        d_shift = (K_new - K_old).to(tl.float64) - (first_new - first_old).to(tl.float64)[None, :]
         s_d = tl.load(at + 3 * plane, mask=live, other=0.0).to(tl.float64)
         s_o = tl.load(at + 4 * plane, mask=live, other=0.0).to(tl.float64)
         s_n = tl.load(at + 5 * plane, mask=live, other=0.0).to(tl.float64)
+        s_dd = tl.load(at + 6 * plane, mask=live, other=0.0).to(tl.float64)
+        s_do = tl.load(at + 7 * plane, mask=live, other=0.0).to(tl.float64)
+        s_oo = tl.load(at + 8 * plane, mask=live, other=0.0).to(tl.float64)
+        s_nn = tl.load(at + 9 * plane, mask=live, other=0.0).to(tl.float64)
+        # A row that is not live has n = 0 and sums of 0; a NaN in the first pivots is meant to spread.
         count += n
-        t_d += s_d
+        t_d += s_d + n * d_shift
         t_o += s_o + n * o_shift
         t_n += s_n + n * n_shift
-        t_dd += tl.load(at + 6 * plane, mask=live, other=0.0).to(tl.float64)
-        t_do += tl.load(at + 7 * plane, mask=live, other=0.0).to(tl.float64) + o_shift * s_d
-        t_oo += tl.load(at + 8 * plane, mask=live, other=0.0).to(tl.float64) + o_shift * (2 * s_o + n * o_shift)
-        t_nn += tl.load(at + 9 * plane, mask=live, other=0.0).to(tl.float64) + n_shift * (2 * s_n + n * n_shift)
+        t_dd += s_dd + d_shift * (2 * s_d + n * d_shift)
+        t_do += s_do + o_shift * s_d + d_shift * (s_o + n * o_shift)
+        t_oo += s_oo + o_shift * (2 * s_o + n * o_shift)
+        t_nn += s_nn + n_shift * (2 * s_n + n * n_shift)
     N, sum_d, sum_o = tl.sum(count, 0), tl.sum(t_d, 0), tl.sum(t_o, 0)
     var_old = _variance(tl.sum(t_oo, 0), sum_o, N)
     var_new = _variance(tl.sum(t_nn, 0), tl.sum(t_n, 0), N)
@@ -154,11 +162,12 @@ def divergence(partial_ptr, kl_ptr, programs, channels, eps, BP: tl.constexpr, B
     grown = (tl.sum(t_dd, 0) - sum_d * sum_d / N + 2 * (tl.sum(t_do, 0) - sum_d * sum_o / N)) / (N - 1)
     scale = var_old + eps
     r = (var_new + eps) / scale
-    # Where the variance has shrunk to a fraction, var_new itself has more digits than the difference from var_old.
-    shrunk = r < 0.5
-    r_minus_1 = tl.where(shrunk, (var_new - var_old) / scale, grown / scale)
-    log_r = tl.where(shrunk, tl.log(r), _log1p(r_minus_1))
-    kl = 0.5 * (r_minus_1 - log_r) + 0.5 * (sum_d / N) * (sum_d / N) / scale
+    # Far from 1 the two variances themselves have more digits than what was summed of their difference.
+    far = (r < 0.5) | (r > 2.0)
+    r_minus_1 = tl.where(far, (var_new - var_old) / scale, grown / scale)
+    log_r = tl.where(far, tl.log(r), _log1p(r_minus_1))
+    mean_change = (first_new - first_old).to(tl.float64) + sum_d / N
+    kl = 0.5 * (r_minus_1 - log_r) + 0.5 * mean_change * mean_change / scale
     tl.store(kl_ptr + c, kl.to(tl.float32), mask=c < channels)
 
 

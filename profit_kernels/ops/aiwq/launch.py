@@ -7,10 +7,10 @@ Quantizing takes some 60 instructions an element (h-swish and three true divisio
 does it on the fly; where it would see it several times (9 taps, or many blocks of output channels) the DuQ kernel quantizes
 first, once, into a temporary like x. That is two passes over x more, much less than nine times the arithmetic.
 
-Not used, though exact: (1) the difference of the codes of old and new weight, with a closed form for channels without a changed
-code. The operator does not get the new weight, and a tile of 32 channels nearly always holds a changed one (0.94^32 = 14%
-do not), so nothing would be skipped in channels_last. (2) Moments of a 1x1 layer from the second moments of its input: C_in^2
-products a position instead of C_in * C_out, in a precision that tensor cores do not have.
+Not used, though exact: (1) the update of the weight, conv(x, weight_new - weight_old), with a closed form for channels without a
+changed code: x and y_new have to be read all the same, and a tile of 32 channels nearly always holds a changed one (if 94%
+are unchanged, one tile in seven holds none), so that nothing is skipped. (2) Moments of a 1x1 layer from the second moments
+of its input: C_in^2 products a position instead of C_in * C_out, in more digits than tensor cores have.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def _depthwise(
     vec = vector(in_channels, x.element_size()) if CHANNELS_LAST else 1
     partial = _partials(y_new, grid)
     conv_kernels.depthwise_moments[grid](
-        x, weight, bias, y_new, partial, images, height, width, out_h, out_w, channels // vec, images_each,
-        *geometry, pad_value,
+        x, weight, bias, y_new, partial,
+        images, height, width, out_h, out_w, channels // vec, images_each, *geometry, pad_value,
         CHANNELS_LAST=CHANNELS_LAST, VEC=vec, MULTIPLIER=channels // in_channels, **constants, **tile,
         INTERPRETED=triton_interpreted(), enable_fp_fusion=False,
     )  # fmt: skip

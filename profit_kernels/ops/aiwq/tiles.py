@@ -52,10 +52,11 @@ def depthwise_tile(channels: int, height: int, width: int, channels_last: bool, 
         columns = min(8, power_of_2(width))
         rows = _ELEMENTS // block // columns
     else:
+        # Half a tile: single elements that are not neighbours take more registers, for their places and masks.
         columns = min(128, power_of_2(width))
-        rows = min(_ELEMENTS // columns, power_of_2(height))
-        block = _neighbours(channels, rows * columns)
-    return {"BH": rows, "BW": columns, "BC": block, "num_warps": 8 if amd and not channels_last else 4}
+        rows = min(_ELEMENTS // 2 // columns, power_of_2(height))
+        block = _neighbours(channels, 2 * rows * columns)
+    return {"BH": rows, "BW": columns, "BC": block, "num_warps": 4}
 
 
 def pointwise_tile(dtype: torch.dtype, amd: bool) -> dict[str, int]:

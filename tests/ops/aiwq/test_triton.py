@@ -36,7 +36,7 @@ def pair(rng: torch.Generator, *shape: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(4, 6, 7, 5), (2, 24, 14, 14), (3, 16, 1, 1), (1, 1, 3, 1), (3, 2, 40, 40), (2, 70, 5, 5)]
+    "shape", [(4, 6, 7, 5), (2, 24, 12, 12), (3, 16, 1, 1), (1, 1, 3, 1), (2, 2, 36, 36), (2, 70, 5, 5)]
 )
 def test_kl(rng, poisoned_empty, shape, layout, dtype):
     new, old = (y.to(dtype).to(memory_format=layout) for y in pair(rng, *shape))
@@ -70,8 +70,8 @@ def test_identical_outputs_give_zero_and_tiny_changes_are_seen(rng, poisoned_emp
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_mean_that_wanders(rng, poisoned_empty, layout):
     """Programs take their pivots from where they start; what lies far from a pivot must not cost digits."""
-    new, old = pair(rng, 4, 4, 40, 40)
-    drift = torch.linspace(-50, 50, 40)[:, None] + 1000 * (torch.arange(4) == 2).float()[:, None, None, None]
+    new, old = pair(rng, 4, 4, 24, 48)
+    drift = torch.linspace(-50, 50, 24)[:, None] + 1000 * (torch.arange(4) == 2).float()[:, None, None, None]
     compare((new + drift).to(memory_format=layout), (old + drift).to(memory_format=layout))
 
 
@@ -82,7 +82,7 @@ def test_dead_and_broken_channels(rng, poisoned_empty):
     old[:, 1] = 0.0  # came alive
     new[0, 2, 0, 0] = math.nan
     old[1, 3, 2, 2] = math.inf
-    new[:, 4], old[:, 4] = 0.1, 7.3  # two constants
+    new[:, 4], old[:, 4] = 0.1, 7.3  # two constants, far apart
     for layout in LAYOUTS:
         kl = compare(new.to(memory_format=layout), old.to(memory_format=layout))
         assert kl[0] == 0 and kl[2].isnan() and kl[3].isnan()
@@ -100,7 +100,7 @@ def test_empty(poisoned_empty, shape):
 LAYERS = {
     "depthwise 3x3": (6, 6, 3, (1, 1), 1, (1, 1), 6, (9, 8)),
     "depthwise 3x3 stride 2": (24, 24, 3, (2, 2), (0, 1, 0, 1), (1, 1), 24, (14, 14)),
-    "depthwise 5x5 stride 2": (40, 40, 5, (2, 2), 2, (1, 1), 40, (7, 7)),
+    "depthwise 5x5 stride 2": (17, 17, 5, (2, 2), 2, (1, 1), 17, (7, 7)),
     "depthwise 7x7": (4, 4, 7, (1, 1), 3, (1, 1), 4, (7, 5)),
     "depthwise dilated, uneven": (3, 3, (3, 5), (2, 1), (3, 1, 2, 0), (2, 1), 3, (11, 9)),
     "depthwise multiplier 2": (6, 12, 3, (1, 1), 1, (1, 1), 6, (5, 5)),
@@ -120,20 +120,13 @@ def layer(
     cin, cout, kernel, stride, padding, dilation, groups, plane = LAYERS[name]
     signed, offset, activation = kind
     kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-    x = (torch.randn(3, cin, *plane, generator=rng) * 2).to(dtype).to(memory_format=layout)
+    x = (torch.randn(2, cin, *plane, generator=rng) * 2).to(dtype).to(memory_format=layout)
     w_old = torch.randn(cout, cin // groups, *kernel, generator=rng)
     w_new = w_old + 0.1 * torch.randn(w_old.shape, generator=rng)
     b = torch.randn(cout, generator=rng) if bias else None
     a, c = torch.randn(1, generator=rng), torch.randn(1, generator=rng)
     pads = [padding] * 4 if isinstance(padding, int) else list(padding)
-    # Quantized as the Triton kernel does it, which is tested on its own: its interpreter does not round bfloat16.
-    with pk.use_backend("triton", ops=["duq"]):
-        qx = reference.quantize_input(x, a, c, None, signed, offset, activation)
-        if act_bits is not None:
-            on_device = (t.to(DEVICE) for t in (x, a, c))
-            qx = pk.duq_fake_quantize(
-                *on_device, bits=act_bits, signed=signed, offset=offset, activation=activation
-            ).cpu()
+    qx = reference.quantize_input(x, a, c, act_bits, signed, offset, activation)
     settings = {"stride": stride, "padding": pads, "dilation": dilation, "groups": groups, "pad_value": offset}
     quantizer = {"act_bits": act_bits, "signed": signed, "offset": offset, "activation": activation, "a_x": a, "c_x": c}
     b_cast = None if b is None else b.to(dtype)
@@ -160,16 +153,33 @@ def compare_layer(rng, name, dtype, layout, act_bits, kind, bias=True):
 HSWISH = (False, -0.375, "hardswish")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_layers(rng, poisoned_empty, name, layout, dtype):
-    compare_layer(rng, name, dtype, layout, 4, HSWISH)
+def test_layers(rng, poisoned_empty, name, layout):
+    compare_layer(rng, name, torch.float32, layout, 4, HSWISH)
 
 
-@pytest.mark.parametrize("bits", [None, 2, 8])
-@pytest.mark.parametrize("kind", [(False, 0.0, "relu6"), (False, 0.0, "relu"), (True, 0.0, "none"), HSWISH])
-@pytest.mark.parametrize("name", ["depthwise 3x3", "depthwise 1x1", "pointwise narrow"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", ["depthwise 3x3", "pointwise", "pointwise narrow"])
+def test_layers_in_half_precision(rng, poisoned_empty, name, dtype):
+    # Triton's interpreter cuts bfloat16 off where a GPU rounds, in the DuQ kernel that quantizes before all but the narrow one.
+    interpreted = dtype == torch.bfloat16 and DEVICE == "cpu" and name != "pointwise narrow"
+    compare_layer(rng, name, dtype, torch.channels_last, None if interpreted else 4, HSWISH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_in_half_precision(rng, poisoned_empty, name, layout, dtype):
+    compare_layer(rng, name, dtype, layout, None if dtype == torch.bfloat16 and DEVICE == "cpu" else 4, HSWISH)
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind"),
+    [(None, HSWISH), (None, (False, 0.0, "relu6")), (2, (True, 0.0, "none")), (8, (False, 0.0, "relu"))],
+)
+@pytest.mark.parametrize("name", ["depthwise 3x3", "pointwise narrow"])
 def test_kinds_of_input(rng, poisoned_empty, name, kind, bits):
     compare_layer(rng, name, torch.float32, torch.channels_last, bits, kind, bias=False)
 
@@ -206,7 +216,7 @@ def test_nan_in_the_input_reaches_its_channels(poisoned_empty):
 
 
 def test_deterministic(rng):
-    new, old = (y.to(DEVICE) for y in pair(rng, 3, 8, 40, 40))
+    new, old = (y.to(DEVICE) for y in pair(rng, 3, 8, 12, 12))
     w = torch.randn(8, 1, 3, 3, generator=rng).to(DEVICE)
     v = torch.randn(8, 8, 1, 1, generator=rng).to(DEVICE)
     with pk.use_backend("triton", ops=["aiwq", "aiwq_conv"]):
