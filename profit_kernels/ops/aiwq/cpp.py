@@ -15,7 +15,6 @@ from ... import native
 from ..depthwise.reference import pad
 from ..duq import cpp as duq_cpp
 from ..duq.reference import ACTIVATIONS, activate
-from . import reference
 
 
 def kl(y_new: Tensor, y_old: Tensor, eps: float) -> Tensor:

@@ -131,7 +131,8 @@ def test_an_output_in_lower_precision_than_the_input(rng, channels, outputs, gro
 def grid(rng, shape, scale, changed):
     """A 4-bit weight before and after an update: some codes one step on, the scale (per tensor or channel) a bit larger."""
     codes = torch.randint(-7, 8, shape, generator=rng).float()
-    moved = torch.where(torch.rand(shape, generator=rng) < changed, codes - codes.sign().where(codes != 0, torch.ones(())), codes)
+    step = codes.sign().where(codes != 0, torch.ones(()))
+    moved = torch.where(torch.rand(shape, generator=rng) < changed, codes - step, codes)
     return codes * scale, moved * (scale * 1.003)
 
 
