@@ -37,6 +37,7 @@ SOURCES = [
     "csrc/registration.cpp",
     "csrc/cpu/aiwq.cpp",
     "csrc/cpu/aiwq_update.cpp",
+    "csrc/cpu/aiwq_wide.cpp",
     "csrc/cpu/block.cpp",
     "csrc/cpu/block_depthwise.cpp",
     "csrc/cpu/block_kernels.cpp",

@@ -57,6 +57,54 @@ PROFIT_TARGET inline void add_run(const float* y, float shift, int64_t n, double
   }
 }
 
+// Adds to first[lane] the sum of q - shift over the columns, and to second[lane][lane] that of the products of two lanes, for the
+// second lane in the first one's group or before it.
+PROFIT_TARGET inline void add_second_moments(
+    Lanes q, const float* shift, int64_t columns, int64_t groups, double* first, double* second) {
+  constexpr int64_t kRows = 8;
+  const int64_t width = groups * kGroup;
+  for (int64_t m = 0; m < groups; ++m) {
+    for (int64_t l = 0; l < kGroup; l += PROFIT_LANES) {
+      const Vec s = load(shift + m * kGroup + l);
+      Vec sum = Vec{};
+      for (int64_t i = 0; i < columns; ++i) {
+        const Vec v = load(q.at(m, i) + l) - s;
+        store(q.at(m, i) + l, v);
+        sum += v;
+      }
+      for (int64_t j = 0; j < PROFIT_LANES; ++j) {
+        first[m * kGroup + l + j] += sum[j];
+      }
+    }
+  }
+  for (int64_t m = 0; m < groups; ++m) {
+    for (int64_t row = 0; row < kGroup; row += kRows) {
+      for (int64_t other = 0; other <= m; ++other) {
+        for (int64_t l = 0; l < kGroup; l += PROFIT_LANES) {
+          Vec acc[kRows] = {};
+          for (int64_t i = 0; i < columns; ++i) {
+            const float* scalars = q.at(m, i) + row;
+            const Vec v = load(q.at(other, i) + l);
+#pragma GCC unroll 8
+            for (int64_t r = 0; r < kRows; ++r) {
+              acc[r] += splat<Vec>(scalars[r]) * v;
+            }
+          }
+#pragma GCC unroll 8
+          for (int64_t r = 0; r < kRows; ++r) {
+            float lanes[PROFIT_LANES];
+            store(lanes, acc[r]);
+            double* to = second + (m * kGroup + row + r) * width + other * kGroup + l;
+            for (int64_t j = 0; j < PROFIT_LANES; ++j) {
+              to[j] += lanes[j];
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 // The largest magnitude. Floats of one sign are ordered as their bits are, and a maximum of integers is vectorised.
 PROFIT_TARGET inline float largest(const float* w, int64_t n) {
   uint32_t bits = 0;
@@ -124,6 +172,18 @@ PROFIT_TARGET inline void scale(float* to, const float* from, float factor, floa
   const Vec f = splat<Vec>(factor), c = splat<Vec>(constant);
   for (int64_t i = 0; i < n; i += PROFIT_LANES) {
     store(to + i, f * load(from + i) + c);
+  }
+}
+
+// Adds to row t.first of `to`, kTile long each, t.second times `from`, for each of the taps t.
+PROFIT_TARGET inline void add_taps(float* to, const float* from, const std::pair<int32_t, float>* taps, int64_t count) {
+  for (int64_t t = 0; t < count; ++t) {
+    float* row = to + taps[t].first * kTile;
+    const Vec f = splat<Vec>(taps[t].second);
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kTile; i += PROFIT_LANES) {
+      store(row + i, load(row + i) + f * load(from + i));
+    }
   }
 }
 

@@ -8,12 +8,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
-#include <utility>
 
 #include "aiwq.h"
-#include "aiwq_moments.h"
-#include "depthwise_input.h"
+#include "aiwq_update.h"
 
 namespace profit::cpu {
 
@@ -31,10 +28,11 @@ struct Update {
   int64_t taps;
   std::vector<float> alpha;
   std::vector<int64_t> changed;  // weights that differ, per channel
-  std::vector<std::vector<float>> delta;  // of the channels with any
+  std::vector<int64_t> place;    // of the differences of a channel that has any, in `delta`
+  std::vector<float> delta;
 
   Update(const Tensor& fresh, const Tensor& old, const RowKernels& kernels)
-      : taps(fresh.numel() / std::max<int64_t>(1, fresh.size(0))), changed(fresh.size(0), 0), delta(fresh.size(0)) {
+      : taps(fresh.numel() / std::max<int64_t>(1, fresh.size(0))), changed(fresh.size(0), 0), place(fresh.size(0), -1) {
     const float *w_new = static_cast<const float*>(fresh.const_data_ptr());
     const float *w_old = static_cast<const float*>(old.const_data_ptr());
     const auto ratio = [&](int64_t at, int64_t n) {
@@ -55,11 +53,15 @@ struct Update {
         }
       }
       if (changed[c] > 0) {
-        delta[c].resize(taps);
-        kernels.differences(from, to, alpha[c], delta[c].data(), taps);
+        place[c] = delta.size();
+        delta.resize(delta.size() + taps);
+        kernels.differences(from, to, alpha[c], delta.data() + place[c], taps);
       }
     }
   }
+
+  // The differences of a channel that has any.
+  const float* of(int64_t c) const { return delta.data() + place[c]; }
 
   double share() const {
     int64_t sum = 0;
@@ -100,7 +102,7 @@ void depthwise(const Layer& layer, const Geometry& g, float border, Moments& old
     alpha[block * plan.width() + lane] = layer.update.alpha[c];
     rest[block * plan.width() + lane] = layer.rest_of_bias(c);
     for (int64_t tap = 0; layer.update.changed[c] > 0 && tap < g.taps(); ++tap) {
-      delta[(block * g.taps() + tap) * plan.width() + lane] = layer.update.delta[c][tap];
+      delta[(block * g.taps() + tap) * plan.width() + lane] = layer.update.of(c)[tap];
     }
   }
   const TensorRows in = TensorRows::of(layer.x, false), fresh = TensorRows::of(layer.y_new, false);
@@ -146,14 +148,15 @@ void depthwise(const Layer& layer, const Geometry& g, float border, Moments& old
 void pointwise(const Layer& layer, const std::vector<int64_t>& stride, Moments& old) {
   const int64_t in_channels = layer.x.size(1), out_channels = layer.y_new.size(1);
   std::vector<int64_t> outputs;  // the changed ones
-  std::vector<std::vector<std::pair<int64_t, float>>> taps(in_channels);  // of an input: (place in outputs, delta)
+  std::vector<std::vector<std::pair<int32_t, float>>> taps(in_channels);  // of an input: (place in outputs, delta)
   for (size_t o = 0; o < layer.update.changed.size(); ++o) {
     if (layer.update.changed[o] == 0) {
       continue;
     }
+    const float* delta = layer.update.of(o);
     for (int64_t j = 0; j < in_channels; ++j) {
-      if (layer.update.delta[o][j] != 0.0f) {
-        taps[j].emplace_back(outputs.size(), layer.update.delta[o][j]);
+      if (delta[j] != 0.0f) {
+        taps[j].emplace_back(outputs.size(), delta[j]);
       }
     }
     outputs.push_back(o);
@@ -196,9 +199,7 @@ void pointwise(const Layer& layer, const std::vector<int64_t>& stride, Moments& 
         }
         layer.kernels.quantize(
             {gathered + (j - group) * kTile, 0, kGroup}, {q, 0, kGroup}, columns, 1, layer.input.quantizer, {});
-        for (const auto& [o, delta] : taps[j]) {
-          layer.kernels.add_scaled(y_old + o * kTile, q, delta, kTile);
-        }
+        layer.kernels.add_taps(y_old, q, taps[j].data(), taps[j].size());
       }
       double* into = sums.data() + first / kPixels * count * 2;
       for (int64_t o = 0; o < count; ++o) {
@@ -238,19 +239,34 @@ std::optional<Tensor> aiwq_update(
           weight_old.size(0) == y_new.size(1),
       "aiwq: both weights must have the shape of the layer's");
   const bool is_depthwise = groups == x.size(1) && weight_old.size(1) == 1;
+  STD_TORCH_CHECK(
+      is_depthwise || (groups == 1 && weight_old.size(1) == x.size(1) && weight_old.size(2) == 1 &&
+                       weight_old.size(3) == 1 && stride.size() == 2 && padding == std::vector<int64_t>(4, 0) &&
+                       y_new.size(0) == x.size(0) && y_new.size(2) == ceil_div(x.size(2), stride[0]) &&
+                       y_new.size(3) == ceil_div(x.size(3), stride[1])),
+      "aiwq: a layer must be depthwise, or pointwise without groups and padding, and y_new its output");
   const int64_t channels = weight_old.size(0);
-  const Update update(plain(weight_new), plain(weight_old), plain_kernels(ScalarType::Float));
-  if (!is_depthwise && update.share() > kDense) {
-    return std::nullopt;
-  }
+  const Tensor w_new = plain(weight_new), w_old = plain(weight_old);
   const std::vector<float> b = bias.has_value() ? values<float>(*bias) : std::vector<float>(channels, 0.0f);
   const InputSide input("aiwq", Front(x.size(1)), a_x, c_x, act_bits, is_signed, offset, activation);
   const Wanted wanted = {input.quantized, false, false};
+  if (!is_depthwise && is_wide(x, weight_old, stride)) {
+    const RowKernels kernels = row_kernels(ScalarType::Float, wanted, input.activation, input.quantizer, {1, 1, 1, 1});
+    const auto [fresh, old] = wide_moments(
+        x, static_cast<const float*>(w_new.const_data_ptr()), static_cast<const float*>(w_old.const_data_ptr()), b, input,
+        kernels);
+    return kl(fresh, old, eps);
+  }
+  const Update update(w_new, w_old, plain_kernels(ScalarType::Float));
+  if (!is_depthwise && update.share() > kDense) {
+    return std::nullopt;
+  }
+
   const Moments fresh = moments(y_new);
   Moments old = fresh;
   for (int64_t c = 0; c < channels; ++c) {
     const double alpha = update.alpha[c];
-    old.mean[c] = alpha * (fresh.mean[c] - b[c]) + b[c];
+    old.mean[c] = alpha * fresh.mean[c] + (1.0 - alpha) * b[c];
     old.variance[c] = alpha * alpha * fresh.variance[c];
   }
   std::vector<float> shift = first_values(y_new, plain_kernels(ScalarType::Float));
@@ -263,14 +279,6 @@ std::optional<Tensor> aiwq_update(
     shift.resize(shift.size() + kGroup + g.multiplier, 0.0f);
     depthwise({x, y_new, update, b, input, kernels, shift}, g, static_cast<float>(pad_value), old);
   } else {
-    STD_TORCH_CHECK(
-        groups == 1 && weight_old.size(1) == x.size(1) && weight_old.size(2) == 1 && weight_old.size(3) == 1 &&
-            std::all_of(padding.begin(), padding.end(), [](int64_t p) { return p == 0; }) && stride.size() == 2,
-        "aiwq: a layer must be depthwise, or pointwise without groups and padding");
-    STD_TORCH_CHECK(
-        y_new.size(0) == x.size(0) && y_new.size(2) == ceil_div(x.size(2), stride[0]) &&
-            y_new.size(3) == ceil_div(x.size(3), stride[1]),
-        "aiwq: y_new must have the shape of the layer's output");
     const RowKernels kernels = row_kernels(ScalarType::Float, wanted, input.activation, input.quantizer, {1, 1, 1, 1});
     pointwise({x, y_new, update, b, input, kernels, shift}, stride, old);
   }

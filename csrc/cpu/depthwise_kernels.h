@@ -5,6 +5,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <utility>
 
 #include "duq.h"
 #include "parameters.h"
@@ -62,6 +63,9 @@ struct RowKernels {
       const Quantizer<float>&, const FrontLanes&, float* row_sums, double* sums);
   void (*add_moments)(ConstLanes y, const float* shift, int64_t columns, int64_t groups, double* sums);
   void (*add_run_moments)(const float* y, float shift, int64_t n, double& first, double& second);
+  void (*add_second_moments)(
+      Lanes q, const float* shift, int64_t columns, int64_t groups, double* first, double* second);
+  void (*add_taps)(float* to, const float* from, const std::pair<int32_t, float>* taps, int64_t count);
   void (*gather)(const float* const* at, int64_t n, int64_t first, int64_t channels, int64_t stride, float* to);
   float (*largest)(const float* w, int64_t n);
   int64_t (*differences)(const float* w_new, const float* w_old, float alpha, float* delta, int64_t n);

@@ -182,6 +182,8 @@ inline RowKernels kernels(ScalarType type, const Wanted& wanted, Activation acti
   result.sum = sum_row;
   result.add_moments = add_row;
   result.add_run_moments = add_run;
+  result.add_second_moments = add_second_moments;
+  result.add_taps = add_taps;
   result.gather = gather;
   result.largest = largest;
   result.differences = differences;

@@ -16,7 +16,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../common/layout.h"
+#include "duq_walk.h"
 #include "isa.h"
 #include "parameters.h"
 
@@ -57,12 +57,6 @@ Loops<T> loops_for(Activation activation, bool ordinary) {
 #endif
   return baseline::loops<S, T>(activation);
 }
-
-// Elements per piece of work. Fixed, and not derived from the number of threads, so that the sums over pieces, added in
-// order, give the same bits for any number of threads.
-constexpr int64_t kPiece = 16384;
-// Elements per task below which handing work to another thread costs more than it brings.
-constexpr int64_t kGrain = 32768;
 
 struct Settings {
   bool is_signed;
@@ -109,26 +103,6 @@ bool all_ordinary(const std::vector<Quantizer<T>>& k) {
   return std::all_of(k.begin(), k.end(), [](const Quantizer<T>& q) { return q.is_ordinary(); });
 }
 
-// x as the loops can walk it: dense and, with a value per channel, each channel in one run. The second step of a
-// transposed weight costs a copy; it is rare enough not to deserve a loop of its own.
-Tensor walkable(const Tensor& x, int64_t channels) {
-  Tensor dense = is_dense(x) ? x : torch::stable::clone(x);
-  return channels == 1 || dim0_is_outermost(dense) ? dense : torch::stable::contiguous(dense);
-}
-
-// `result` with the strides that `like` has or, if it is not dense, that its dense copy has.
-Tensor with_layout_of(const Tensor& like, const Tensor& result) {
-  if (is_dense(like) && same_strides(like, result)) {
-    return result;
-  }
-  Tensor out = torch::stable::empty_like(is_dense(like) ? like : torch::stable::clone(like));
-  if (same_strides(out, result)) {
-    return result;
-  }
-  torch::stable::copy_(out, result);
-  return out;
-}
-
 // One tensor on its way through a loop: read from `x` (and `grad`), written to `out`.
 template <typename S, typename T>
 struct Item {
@@ -157,37 +131,6 @@ struct Item {
     upstream = static_cast<const S*>(grad.const_data_ptr());
   }
 };
-
-// Part of one channel of one item.
-struct Piece {
-  int64_t item, channel, start, n;
-};
-
-// Calls f(index, piece) for the pieces of all items, in parallel; returns them in order.
-template <typename Items, typename F>
-std::vector<Piece> for_each_piece(const Items& items, const F& prepare, const auto& f) {
-  std::vector<Piece> pieces;
-  int64_t elements = 0;
-  for (int64_t item = 0; item < static_cast<int64_t>(items.size()); ++item) {
-    const int64_t inner = items[item].inner, channels = items[item].k.size();
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      for (int64_t start = 0; start < inner; start += kPiece) {
-        const int64_t n = std::min(kPiece, inner - start);
-        pieces.push_back({item, channel, channel * inner + start, n});
-        elements += n;
-      }
-    }
-  }
-  const int64_t count = pieces.size();
-  prepare(count);
-  const int64_t grain = std::max<int64_t>(1, count * kGrain / std::max<int64_t>(1, elements));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      f(i, pieces[i]);
-    }
-  });
-  return pieces;
-}
 
 template <typename S, typename T>
 std::vector<Tensor> forward(

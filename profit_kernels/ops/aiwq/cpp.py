@@ -1,10 +1,8 @@
-"""AIWQ by the C++ kernels (csrc/cpu/aiwq.cpp): moments read each tensor once; a depthwise old output is never written.
+"""AIWQ by the C++ kernels: moments that read each tensor once, and no old output that is written.
 
-A pointwise layer that has more outputs than inputs needs no old output either: with inputs q of mean m and covariance S,
-
-    y = W q + b   has   mean W m + b   and variance diag(W S W^T)
-
-Other layers run torch's convolution and then the moments.
+A depthwise layer is convolved again row by row (csrc/cpu/aiwq.cpp). Where the weight that gave y_new is known, only what the
+update changed is computed, or nothing but the moments of the input (csrc/cpu/aiwq_update.cpp, aiwq_wide.cpp). Other layers run
+torch's convolution and then the moments.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from ... import native
 from ..depthwise.reference import pad
 from ..duq import cpp as duq_cpp
 from ..duq.reference import ACTIVATIONS, activate
-from . import reference
 
 
 def kl(y_new: Tensor, y_old: Tensor, eps: float) -> Tensor:
@@ -51,11 +48,6 @@ def conv_kl(
     else:
         qx = duq_cpp.forward(x, a_x, c_x, act_bits, signed, offset, activation).to(dtype)
     weight_old, bias = weight_old.to(dtype), None if bias is None else bias.to(dtype)
-    pointwise = groups == 1 and x.dim() == 4 and weight_old.shape[2:] == (1, 1) and not any(pads)
-    if pointwise and dtype == torch.float32 and 2 * weight_old.shape[1] <= weight_old.shape[0]:
-        qx = qx[:, :, :: stride[0], :: stride[1]]
-        new = torch.ops.profit_cpu.aiwq_moments(y_new)
-        return reference.kl_of_moments(*new, *_pointwise_moments(qx, weight_old, bias), eps)
     y_old = F.conv2d(pad(qx, pads, pad_value), weight_old, bias, stride, 0, dilation, groups)
     return kl(y_new, y_old, eps)
 
@@ -70,16 +62,3 @@ def _as_maps(y: Tensor) -> Tensor:
     """[N, C, ...] as [N, C, H, W]."""
     return y if y.dim() == 4 else y.reshape(*y.shape[:2], 1, -1)
 
-
-def _pointwise_moments(qx: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased variance, float64 [C_out], of the 1 x 1 convolution of qx, from the moments of qx itself."""
-    rows = qx.permute(0, 2, 3, 1).flatten(0, 2)
-    mean = torch.ops.profit_cpu.aiwq_moments(qx)[0]
-    centred = rows - mean.to(rows.dtype)
-    # The float32 mean is a rounding off; what it leaves is taken off again in float64.
-    left = mean - mean.to(rows.dtype)
-    n = rows.shape[0]
-    covariance = ((centred.T @ centred).double() - n * torch.outer(left, left)) / (n - 1)
-    w = weight.flatten(1).double()
-    mean_old = w @ mean if bias is None else w @ mean + bias.double()
-    return mean_old, ((w @ covariance) * w).sum(1).clamp(min=0.0)

@@ -128,6 +128,78 @@ def test_an_output_in_lower_precision_than_the_input(rng, channels, outputs, gro
     torch.testing.assert_close(cpp.conv_kl(*arguments), reference.conv_kl(*arguments), **tolerances.KL_CONV_HALF)
 
 
+def grid(rng, shape, scale, changed):
+    """A 4-bit weight before and after an update: some codes one step on, the scale (per tensor or channel) a bit larger."""
+    codes = torch.randint(-7, 8, shape, generator=rng).float()
+    step = codes.sign().where(codes != 0, torch.ones(()))
+    moved = torch.where(torch.rand(shape, generator=rng) < changed, codes - step, codes)
+    return codes * scale, moved * (scale * 1.003)
+
+
+UPDATED = [  # channels, outputs, groups, kernel, stride
+    (40, 40, 40, 3, 1),
+    (40, 40, 40, 5, 2),
+    (6, 12, 6, 3, 1),
+    (96, 20, 1, 1, 1),  # tap by tap
+    (40, 24, 1, 1, 2),
+    (24, 72, 1, 1, 1),  # from the moments of the input
+    (16, 130, 1, 1, 1),
+]
+
+
+@pytest.mark.parametrize("changed", [0.0, 0.02, 0.6])
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize(("channels", "outputs", "groups", "kernel", "stride"), UPDATED)
+def test_the_update_of_a_weight(rng, isa, channels, outputs, groups, kernel, stride, per_channel, changed):
+    """Given the new weight too, kernels compute what changed; the answer is that of both whole outputs."""
+    for kind in KINDS:
+        x, _, w, bias, *rest = layer(rng, channels, outputs, groups, kernel, kind, stride)
+        scale = 0.02 + (torch.rand(outputs, 1, 1, 1, generator=rng) if per_channel else torch.rand(1, generator=rng)) * 0.1
+        w_old, w_new = grid(rng, w.shape, scale, changed)
+        _, pads, _, _, pad_value, a, c, bits, signed, offset, activation, _ = rest
+        qx = pk.duq_fake_quantize(x, a, c, bits=bits, signed=signed, offset=offset, activation=activation)
+        y_new = F.conv2d(F.pad(qx, pads, value=pad_value), w_new, bias, stride, groups=groups)
+        for layout in (torch.channels_last, torch.contiguous_format):
+            arguments = (x.contiguous(memory_format=layout), y_new.contiguous(memory_format=layout), w_old, bias, *rest)
+            found, expected = cpp.conv_kl(*arguments, weight_new=w_new), reference.conv_kl(*arguments)
+            torch.testing.assert_close(found, expected, **tolerances.KL_UPDATE)
+
+
+@pytest.mark.parametrize(("channels", "outputs", "groups", "kernel", "stride"), UPDATED)
+def test_without_an_update_there_is_no_instability(rng, channels, outputs, groups, kernel, stride):
+    x, y_new, w, bias, *rest = layer(rng, channels, outputs, groups, kernel, KINDS[0], stride)
+    assert not cpp.conv_kl(x, y_new, w, bias, *rest, weight_new=w.clone()).any()
+
+
+@pytest.mark.parametrize(("channels", "outputs", "groups", "kernel", "stride"), UPDATED)
+def test_an_update_with_nan_and_of_zero_weights(rng, channels, outputs, groups, kernel, stride):
+    x, y_new, w, bias, *rest = layer(rng, channels, outputs, groups, kernel, KINDS[1], stride)
+    broken = w.clone()
+    broken[3, 0, 0, 0] = math.nan
+    kl = cpp.conv_kl(x, y_new, broken, bias, *rest, weight_new=w)
+    assert kl[3].isnan() and kl.isnan().sum() == 1
+    zero = torch.zeros_like(w)
+    y_zero = bias.view(1, -1, 1, 1).expand(y_new.shape).contiguous()
+    assert not cpp.conv_kl(x, y_zero, zero, bias, *rest, weight_new=zero).any()
+    assert (cpp.conv_kl(x, y_zero, w, bias, *rest, weight_new=zero) > 1).all()
+
+
+@pytest.mark.parametrize(("channels", "outputs", "groups", "kernel", "stride"), UPDATED)
+def test_an_update_with_any_number_of_threads(rng, channels, outputs, groups, kernel, stride):
+    x, y_new, w, bias, *rest = layer(rng, channels, outputs, groups, kernel, KINDS[0], stride)
+    w_old, w_new = grid(rng, w.shape, torch.tensor(0.1), 0.05)
+    before, level, results = torch.get_num_threads(), torch.ops.profit_cpu.isa(), []
+    try:
+        for threads, limit in ((1, level), (2, level), (3, level), (1, 0), (1, 1)):
+            torch.set_num_threads(threads)
+            torch.ops.profit_cpu.limit_isa(limit)
+            results.append(cpp.conv_kl(x, y_new, w_old, bias, *rest, weight_new=w_new))
+    finally:
+        torch.set_num_threads(before)
+        torch.ops.profit_cpu.limit_isa(level)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 def test_one_weight_gives_zero(rng):
     """The kernels sum in the order of the forward kernel: the same weight gives the same bits."""
     x, _, w, bias, *rest = layer(rng, 20, 20, 20, 3, KINDS[0])
@@ -175,6 +247,8 @@ def test_public_entries_take_the_kernels(rng):
             pk.aiwq_kl(y_new, y_old.double())
         with pytest.raises(pk.BackendError, match="takes no torch.float64"):
             pk.aiwq_conv2d(y_new, y_new.double(), torch.ones(3, 1, 1, 1), groups=3)
+        with pytest.raises(ValueError, match="both weights must have one shape"):
+            pk.aiwq_conv2d(y_new, y_old, torch.ones(3, 1, 1, 1), groups=3, weight_new=torch.ones(3, 1, 3, 3))
 
 
 def test_wrong_arguments_are_refused():
