@@ -23,7 +23,7 @@ def grads(y, s, g):
 @pytest.fixture
 def registered(monkeypatch):
     """The registered operator with the reference in it, as a backend with a kernel would be called."""
-    monkeypatch.setattr(op.dispatch, "choose", lambda name, x: "registered" if name == "block" else "reference")
+    monkeypatch.setattr(op.dispatch, "choose", lambda name, x, *limits: "registered" if name == "block" else "reference")
 
 
 @pytest.mark.parametrize("path", ["registered", "parts"])
@@ -56,7 +56,7 @@ def test_without_batch_norm(case, rng, registered):
         g = torch.randn(y.shape, generator=rng, dtype=y.dtype)
         monkey = pytest.MonkeyPatch()
         with monkey.context() as m:
-            m.setattr(op.dispatch, "choose", lambda name, x: "reference")
+            m.setattr(op.dispatch, "choose", lambda name, x, *limits: "reference")
             parts = pk.duq_conv2d(s.x, s.weight, s.a, s.c, s.a_w, s.c_w, s.bias, **settings)
     torch.testing.assert_close(y, parts, **tolerances.TEXTBOOK[torch.float64])
     for mine, other in zip(grads(y, s, g), grads(parts, s, g), strict=True):
