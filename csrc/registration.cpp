@@ -39,7 +39,7 @@ STABLE_TORCH_LIBRARY(profit_cpu, m) {
       "block_input(Tensor x, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor? a, Tensor? c, int? bits,"
       " bool is_signed, float offset, int activation) -> Tensor");
   m.def(
-      "block_input_backward(Tensor(a!) grad, Tensor x, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor? a,"
+      "block_input_backward(Tensor grad, Tensor(a!) gx, Tensor x, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor? a,"
       " Tensor? c, int? bits, bool is_signed, float offset, int activation, bool of_batch)"
       " -> (Tensor? g_gamma, Tensor? g_beta, Tensor? ga, Tensor? gc)");
   m.def(

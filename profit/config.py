@@ -81,8 +81,9 @@ class DuQConfig:
         quantizer: "duq", or one of the baselines "pact", "qil", "lsq", "lsq+".
         input_kinds: "data_flow" derives every kind from the lower bound of what feeds the layer; "original" is the same
             but feeds squeeze-and-excite layers signed, the choice of the method's authors.
-        fuse: let a convolution apply the BatchNorm in front of it, where it alone reads it: one tensor kept for the backward
-            instead of three. A hook on such a BatchNorm sees its input; `profit.unfuse_` takes it back.
+        fuse: let a convolution apply the BatchNorm in front of it, where it alone reads it, and compute other BatchNorms
+            together with the activation inside them: one tensor kept for the backward instead of up to three. A hook on a
+            BatchNorm that a convolution applies sees its input; `profit.unfuse_` takes it all back.
         fuse_activations: move a ReLU, ReLU6 or h-swish module into the quantizer of its only reader.
         overrides: layer name or shell pattern (`"blocks.*.conv_dw"`) -> mapping with any of weight_bits, act_bits, kind,
             offset, padding, skip. Later entries win; a pattern that matches no layer is an error at conversion.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import norm_to_defer
+from .blocks import norm_to_defer, stand_ins, swap_modules
 from .config import ACTIVATIONS, DuQConfig, check_bits
 from .dataflow import LayerFlow, is_layer, trace
 from .dataflow.refusal import leave_out, several
@@ -97,6 +97,8 @@ def quantize_(
             layer.set_norm(swaps[norm], flow.norm)
     _warn_of_padding(model, [layer for layer in swaps.values() if isinstance(layer, QuantConv2d)])
     swap_modules(model, swaps)
+    if config.fuse:
+        swap_modules(model, stand_ins(model))
     weight_batch.attach(model)
     return layer_table(model)
 
@@ -215,14 +217,6 @@ def _warn_of_padding(model: nn.Module, convs: list[QuantConv2d]) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def swap_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
-    """Put `swaps[old]` wherever `old` stands in `model`, under every name it has."""
-    children = [(parent, key, child) for parent in model.modules() for key, child in parent._modules.items()]
-    places = [(parent, key, swaps[child]) for parent, key, child in children if child in swaps]
-    for parent, key, new in places:
-        parent._modules[key] = new
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:

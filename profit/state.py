@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from .blocks import is_deferrable
+from .blocks import can_defer, stand_ins, swap_modules
 from .config import QUANTIZERS, DuQConfig, check_bits
 from .errors import CheckpointError, ConversionError
-from .nn import DeferredBatchNorm, QuantConv2d, QuantLayer, QuantLinear
+from .nn import DeferredBatchNorm, QuantConv2d, QuantLayer, QuantLinear, StandIn
 from .nn.layer import quantizer_classes
-from .quantize import layer_table, quant_layers, swap_modules
+from .quantize import layer_table, quant_layers
 from .table import LayerTable
 
 FORMAT = 1
@@ -29,8 +29,9 @@ def quantization_state(model: nn.Module) -> dict[str, Any]:
         raise ConversionError("the model has no quantized layer: convert it with quantize_ first")
     configs = [layer.config for layer in layers.values()]
     config = configs[0].to_dict() if configs[0] is not None and all(c == configs[0] for c in configs) else None
+    fuse = any(isinstance(m, StandIn) for m in model.modules())
     states = {name: _layer_state(name, layer) for name, layer in layers.items()}
-    return {"format": FORMAT, "config": config, "layers": states}
+    return {"format": FORMAT, "config": config, "fuse": fuse, "layers": states}
 
 
 def _layer_state(name: str, layer: QuantLayer) -> dict[str, Any]:
@@ -94,11 +95,13 @@ def apply_quantization_state_(model: nn.Module, state: Mapping[str, Any]) -> Lay
         norm_name = values.get("norm", "")
         if norm_name:
             norm = _submodule(model, norm_name)
-            if not is_deferrable(norm, producer):
+            if not can_defer(norm, producer):
                 raise CheckpointError(f"quantization state of layer {name!r} is damaged: {norm_name!r} is no BatchNorm2d")
             swaps[norm] = DeferredBatchNorm(norm)
             layer.set_norm(swaps[norm], norm_name)
     swap_modules(model, swaps)
+    if state.get("fuse", False):
+        swap_modules(model, stand_ins(model))
     return layer_table(model)
 
 

@@ -6,6 +6,7 @@ Importing this package compiles nothing, loads no native library and touches no 
 from .dispatch import BackendError, available_backends, set_backend, use_backend
 from .ops.aiwq.op import aiwq_conv2d, aiwq_kl
 from .ops.aiwq.pooled import aiwq_conv2d_moments, kl_of_pooled, pool_moments
+from .ops.block.norm import batch_norm_act
 from .ops.block.op import block_batch_norm, block_conv2d, duq_conv2d
 from .ops.depthwise.op import depthwise_conv2d, duq_depthwise_conv2d
 from .ops.duq.op import duq_codes, duq_fake_quantize, duq_fake_quantize_weights
@@ -18,6 +19,7 @@ __all__ = [
     "aiwq_conv2d_moments",
     "aiwq_kl",
     "available_backends",
+    "batch_norm_act",
     "block_batch_norm",
     "block_conv2d",
     "depthwise_conv2d",

@@ -49,9 +49,9 @@ SOFTPLUS = {"rtol": 2e-6, "atol": 0}
 # Relative L2 error of one layer at 8 bits against itself in full precision, ranges by maximum. The step is max/127 or max/255,
 # the error step/sqrt(12), and a layer's input peaks at 4 to 15 times its RMS: at most 3%, measured below 2%.
 EIGHT_BIT_LAYER = 0.04
-# Full precision, activation inside the quantizer (x * clamp(x + 3, 0, 6) / 6) against the module it replaces: a rounding or
-# two per layer of up to 64, on outputs of order 1.
-FUSED_ACTIVATION = {"rtol": 1e-4, "atol": 1e-5}
+# Full precision, activation and BatchNorm inside the layers against the modules they replace: roundings in up to 64 layers, on
+# outputs of order 1. Against float64 either way is off by up to 6e-5 (measured, mobilenetv2_050, batch of 2 at 64 px).
+FUSED_ACTIVATION = {"rtol": 1e-4, "atol": 3e-4}
 # Mean cross-entropy in float32 against float64, and learning rates that pass through float32.
 LOSS = {"rtol": 1e-5, "atol": 1e-6}
 # A few steps of an exponential average in float32 against float64.

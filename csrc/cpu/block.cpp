@@ -93,23 +93,24 @@ struct BackwardSums {
       : g(walk.parts() * walk.channels(), 0.0), gx(g.size(), 0.0), a(walk.tasks(), 0.0), c(walk.tasks(), 0.0) {}
 };
 
-// The first pass of the backward: grad becomes alpha * dL/dv.
+// The first pass of the backward: gx = alpha * dL/dv.
 void first_pass(
-    const Walk& walk, const Tensor& grad, const Tensor& x, const InputSide& input, const BlockKernels& kernels,
+    const Walk& walk, const Tensor& grad, Tensor& gx, const Tensor& x, const InputSide& input, const BlockKernels& kernels,
     BackwardSums& sums) {
   walk.parallel([&](int64_t begin, int64_t end) {
     const int64_t room = walk.room();
-    Tiles from(x, false, kernels, walk.tile()), gradient(grad, true, kernels, walk.tile());
+    Tiles from(x, false, kernels, walk.tile()), upstream(grad, false, kernels, walk.tile());
+    Tiles to(gx, true, kernels, walk.tile());
     std::vector<float> lane_sums(4 * room, 0.0f);
     const LaneSums lane{lane_sums.data(), lane_sums.data() + room, lane_sums.data() + 2 * room, lane_sums.data() + 3 * room};
     for (int64_t task = begin; task < end; ++task) {
       const auto alpha = walk.spread(input.front.alpha, task), shift = walk.spread(input.front.shift, task);
       const auto mean = walk.spread(input.front.mean, task);
       double* g = sums.g.data() + walk.part(task) * walk.channels();
-      double* gx = sums.gx.data() + walk.part(task) * walk.channels();
+      double* g_centred = sums.gx.data() + walk.part(task) * walk.channels();
       const auto flush = [&] {
         walk.gather(lane.g, task, g);
-        walk.gather(lane.gx, task, gx);
+        walk.gather(lane.gx, task, g_centred);
         sums.a[task] = std::accumulate(lane.a, lane.a + room, sums.a[task]);
         sums.c[task] = std::accumulate(lane.c, lane.c + room, sums.c[task]);
         std::fill(lane_sums.begin(), lane_sums.end(), 0.0f);
@@ -122,9 +123,9 @@ void first_pass(
         }
         const Tile tile{lanes, rows};
         kernels.input_backward(
-            gradient.load(at, tile.size()), from.load(at, tile.size()), tile, {alpha.data(), shift.data(), mean.data()},
-            input.quantizer, lane);
-        gradient.store(at, tile.size());
+            upstream.load(at, tile.size()), to.room(at), from.load(at, tile.size()), tile,
+            {alpha.data(), shift.data(), mean.data()}, input.quantizer, lane);
+        to.store(at, tile.size());
         added += rows;
       });
       flush();
@@ -229,20 +230,21 @@ Tensor block_input(
 }
 
 std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> block_input_backward(
-    Tensor grad, Tensor x, std::optional<Tensor> mean, std::optional<Tensor> invstd, std::optional<Tensor> gamma,
+    Tensor grad, Tensor gx, Tensor x, std::optional<Tensor> mean, std::optional<Tensor> invstd, std::optional<Tensor> gamma,
     std::optional<Tensor> beta, std::optional<Tensor> a, std::optional<Tensor> c, std::optional<int64_t> bits, bool is_signed,
     double offset, int64_t activation, bool of_batch) {
   check_input(x);
   STD_TORCH_CHECK(
-      grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel() && same_strides(grad, x),
-      "block: grad must have the shape, dtype and strides of x");
+      grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel() && same_strides(grad, x) &&
+          gx.scalar_type() == x.scalar_type() && gx.numel() == x.numel() && same_strides(gx, x),
+      "block: grad and gx must have the shape, dtype and strides of x");
   const Walk walk(x);
   const InputSide input(
       "block", Front(walk.channels(), mean, invstd, gamma, beta), a, c, bits, is_signed, offset, activation);
   const Front& front = input.front;
   const auto kernels = block_kernels(x.scalar_type(), input.quantized, input.activation, input.quantizer);
   BackwardSums sums(walk);
-  first_pass(walk, grad, x, input, kernels, sums);
+  first_pass(walk, grad, gx, x, input, kernels, sums);
 
   std::optional<Tensor> g_gamma, g_beta, ga, gc;
   if (bits.has_value()) {
@@ -258,7 +260,7 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, 
     return {g_gamma, g_beta, ga, gc};
   }
   std::tie(g_gamma, g_beta) =
-      finish_batch_norm(grad, x, front, total(walk, sums.g), total(walk, sums.gx), gamma, beta, of_batch);
+      finish_batch_norm(gx, x, front, total(walk, sums.g), total(walk, sums.gx), gamma, beta, of_batch);
   return {g_gamma, g_beta, ga, gc};
 }
 

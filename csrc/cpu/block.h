@@ -23,10 +23,10 @@ Tensor block_input(
     std::optional<Tensor> a, std::optional<Tensor> c, std::optional<int64_t> bits, bool is_signed, double offset,
     int64_t activation);
 
-// grad: that of block_input's result, with the dtype and strides of x; overwritten by dL/dx. of_batch: mean and invstd are those
-// of x itself, so gradients flow through them. Returns dL/dgamma, dL/dbeta, dL/da, dL/dc, each like what it belongs to.
+// grad: that of block_input's result. gx is set to dL/dx and may be grad itself; both have the dtype and strides of x. of_batch: mean
+// and invstd are those of x itself, so gradients flow through them. Returns dL/dgamma, dL/dbeta, dL/da, dL/dc, each like what it belongs to.
 std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> block_input_backward(
-    Tensor grad, Tensor x, std::optional<Tensor> mean, std::optional<Tensor> invstd, std::optional<Tensor> gamma,
+    Tensor grad, Tensor gx, Tensor x, std::optional<Tensor> mean, std::optional<Tensor> invstd, std::optional<Tensor> gamma,
     std::optional<Tensor> beta, std::optional<Tensor> a, std::optional<Tensor> c, std::optional<int64_t> bits, bool is_signed,
     double offset, int64_t activation, bool of_batch);
 

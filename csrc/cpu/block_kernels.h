@@ -29,7 +29,8 @@ struct BlockKernels {
   void (*widen)(const void* from, float* to, int64_t n);
   void (*narrow)(const float* from, void* to, int64_t n);
   void (*input)(const float* x, float* y, Tile, const LaneFront&, const Quantizer<float>&);
-  void (*input_backward)(float* g, const float* x, Tile, const LaneFront&, const Quantizer<float>&, const LaneSums&);
+  void (*input_backward)(
+      const float* g, float* gx, const float* x, Tile, const LaneFront&, const Quantizer<float>&, const LaneSums&);
   void (*finish)(float* g, const float* x, Tile, const float* slope, const float* mean, const float* constant);
   void (*moments)(const float* x, Tile, double* sum, double* square);
 };

@@ -41,11 +41,12 @@ PROFIT_TARGET void input(
   }
 }
 
-// g, the gradient of the result, becomes alpha times that of v. Adds to the sums of the latter, of it times x - mean, and to the
-// terms of -dL/dA and of s * dL/dC.
+// gx = alpha * dL/dv from g, the gradient of the result; both may be one. Adds to the sums of dL/dv, of dL/dv * (x - mean), and of
+// the terms of -dL/dA and of s * dL/dC.
 template <Activation act, bool quantized>
 PROFIT_TARGET void input_backward(
-    float* g, const float* x, Tile tile, const LaneFront& front, const Quantizer<float>& quantizer, const LaneSums& sums) {
+    const float* g, float* gx, const float* x, Tile tile, const LaneFront& front, const Quantizer<float>& quantizer,
+    const LaneSums& sums) {
   const VecQuantizer k(quantizer);
   for (int64_t i = 0; i < tile.lanes; i += PROFIT_LANES) {
     const int64_t n = std::min<int64_t>(PROFIT_LANES, tile.lanes - i);
@@ -54,7 +55,7 @@ PROFIT_TARGET void input_backward(
     for (int64_t at = i; at < tile.size(); at += tile.lanes) {
       // Columns of a tile are no stream that the processor would see: the next tile's are asked for.
       __builtin_prefetch(x + at + tile.size());
-      __builtin_prefetch(g + at + tile.size(), 1);
+      __builtin_prefetch(g + at + tile.size());
       const Vec from = load_some(x + at, n);
       const Vec v = from * alpha + shift;
       Vec gv = load_some(g + at, n);
@@ -70,7 +71,7 @@ PROFIT_TARGET void input_backward(
       }
       of_g += gv;
       of_gx += gv * (from - mean);
-      store_some(g + at, gv * alpha, n);
+      store_some(gx + at, gv * alpha, n);
     }
     store(sums.g + i, of_g);
     store(sums.gx + i, of_gx);

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..blocks import unfuse_
+from ..blocks import swap_modules, unfuse_
 from ..errors import CalibrationError, ExportError
 from ..nn import QuantConv2d, QuantLayer, weight_batch
-from ..quantize import quant_layers, swap_modules
+from ..quantize import quant_layers
 from .builder import Builder
 from .network import Network
 

@@ -41,6 +41,8 @@ def samples(requires_grad: bool = True) -> dict[str, tuple]:
         "duq_depthwise_conv2d_backward": (
             g, x, w, a, c, a_w, c_w, bias, *geometry, 4, 3, False, -0.375, "hardswish", -0.375, True,
         ),  # fmt: skip
+        "batch_norm_act": (x, *norm, True, "hardswish"),
+        "batch_norm_act_backward": (g, x, *norm, True, "hardswish"),
         "block_moments": (x.detach(), 1e-5),
         "block_conv2d": (x, *norm, w, a, c, bias, *block),
         "block_conv2d_backward": (g, x, *norm, w, a, c, bias, *block, True, True, True),

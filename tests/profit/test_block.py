@@ -26,7 +26,7 @@ from profit import (
     set_bits,
     unfuse_,
 )
-from profit.nn import DeferredBatchNorm
+from profit.nn import BatchNormAct, DeferredBatchNorm
 from profit.train.ema import ModelEma
 from profit_kernels import dispatch, native
 from tests import tolerances
@@ -39,7 +39,7 @@ needs_library = pytest.mark.skipif(not native.available(), reason=native.why_mis
 def exact():
     """The registered operator with the reference in it: in float64 a fused net then equals an unfused one to rounding."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "choose", lambda op, x: "registered" if op == "block" else "reference")
+        patch.setattr(dispatch, "choose", lambda op, x, *limits: "registered" if op == "block" else "reference")
         yield
 
 
@@ -129,6 +129,7 @@ def test_timm_nets(name, found, rng):
     assert all(isinstance(fused.get_submodule(norm), DeferredBatchNorm) for norm in blocks(fused).values())
     depthwise = [n for n, layer in quant_layers(fused).items() if getattr(layer, "is_depthwise", False)]
     assert set(depthwise) <= set(blocks(fused))
+    assert not [m for m in fused.modules() if type(m).__name__ in ("BatchNorm2d", "BatchNormAct2d")]
     batches = [x + i for i in range(2)]
     with exact():
         # Untrained, some of these gradients are in the thousands: larger steps are chaos.
@@ -266,7 +267,7 @@ def test_unfuse(rng):
         y, state = fused(x), {k: v.clone() for k, v in fused.state_dict().items()}
         parameters = {id(p) for p in fused.parameters()}
         fused.bn2.momentum = 0.3
-        assert unfuse_(fused) == 3 and unfuse_(fused) == 0 and blocks(fused) == {}
+        assert unfuse_(fused) == 4 and unfuse_(fused) == 0 and blocks(fused) == {}
         assert type(fused.bn2) is nn.BatchNorm2d and fused.bn2.momentum == 0.3 and not fused.bn2.training
         assert parameters == {id(p) for p in fused.parameters()}
         assert list(state) == list(fused.state_dict())
@@ -276,6 +277,38 @@ def test_unfuse(rng):
         fused.bn1.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
         fused(x)
     assert not torch.equal(*seen[0])
+
+
+@pytest.mark.parametrize(
+    "act, activation", [(nn.Hardswish, "hardswish"), (nn.ReLU6, "relu6"), (nn.ReLU, "relu"), (nn.SiLU, "")]
+)
+def test_batch_norm_with_an_activation_inside(act, activation, rng):
+    """timm's, where two readers keep the activation out of the quantizers."""
+    layers = pytest.importorskip("timm.layers")
+    x = data(rng)
+
+    def make():
+        def run(m, x):
+            y = m.bn(m.a(x))
+            return m.b(y) + y
+
+        return Whole(run, bn=layers.BatchNormAct2d(4, act_layer=act))
+
+    fused, unfused = pair(make, x)
+    assert isinstance(fused.bn, BatchNormAct) is bool(activation) and getattr(fused.bn, "activation", "") == activation
+    for net in (fused, unfused):
+        with exact():
+            for _ in range(2):
+                net(x).square().sum().backward()
+    for ours, theirs in zip(fused.parameters(), unfused.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, **tolerances.FUSED_TRAINING)
+    assert_same_state(fused, unfused, tolerances.FUSED_TRAINING)
+    fused.bn.act.register_forward_hook(lambda *_: None)
+    assert unfuse_(fused) == bool(activation) and type(fused.bn) is layers.BatchNormAct2d
+    hooked = make()
+    hooked.bn.act.register_forward_hook(lambda *_: None)
+    quantize_(hooked, DuQConfig(None, None), x.float())
+    assert type(hooked.bn) is layers.BatchNormAct2d
 
 
 def test_an_optimizer_from_before_and_hooks_after(rng):

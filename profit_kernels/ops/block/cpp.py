@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -37,14 +38,16 @@ def quantized_input(x: Tensor, norm: Norm | None, q: Quantizer) -> Tensor:
 
 
 def quantized_input_backward(
-    grad: Tensor, x: Tensor, norm: Norm | None, q: Quantizer
+    grad: Tensor, x: Tensor, norm: Norm | None, q: Quantizer, in_place: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """(dL/dx, dL/dgamma, dL/dbeta, dL/da, dL/dc), the first in the memory of `grad` where that fits."""
+    """(dL/dx, dL/dgamma, dL/dbeta, dL/da, dL/dc); `in_place`: the first in the memory of `grad`, where that fits."""
     native.load()
     dense = _dense(x)
-    gx = grad if grad.stride() == dense.stride() else torch.empty_like(dense).copy_(grad)
+    if grad.stride() != dense.stride():
+        grad, in_place = torch.empty_like(dense).copy_(grad), True
+    gx = grad if in_place else torch.empty_like(dense)
     of_batch = norm is not None and norm.of_batch
-    rest = torch.ops.profit_cpu.block_input_backward(gx, dense, *_arguments(norm, q), of_batch)
+    rest = torch.ops.profit_cpu.block_input_backward(grad, gx, dense, *_arguments(norm, q), of_batch)
     return gx if dense is x else torch.empty_like(x).copy_(gx), *rest
 
 
@@ -81,5 +84,5 @@ def block_backward(
             grad, x, *_depthwise_arguments(norm, weight, q, bias, conv), norm.of_batch, need[1]
         )
         return gx, g_gamma, g_beta, gw, ga, gc, gb
-    stages = (quantized_input, quantized_input_backward)
-    return reference.block_backward(grad, x, norm, weight, q, bias, conv, need, *stages)
+    in_place = functools.partial(quantized_input_backward, in_place=True)
+    return reference.block_backward(grad, x, norm, weight, q, bias, conv, need, quantized_input, in_place)

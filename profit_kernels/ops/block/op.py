@@ -15,9 +15,10 @@ from ..depthwise import layout
 from ..depthwise.op import autocast, duq_depthwise_conv2d
 from ..depthwise.reference import quantize_input
 from ..duq.op import duq_fake_quantize, no_double_backward
-from ..duq.reference import ACTIVATIONS, compute_dtype
+from ..duq.reference import ACTIVATIONS
 from . import cpp, reference
 from .reference import Convolution, Norm, Quantizer
+from .statistics import check_norm, is_plain, statistics
 
 _TENSORS = (
     "Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor weight, Tensor? a, Tensor? c, Tensor? bias"
@@ -27,7 +28,6 @@ _SETTINGS = (
     "int[] stride, int[] padding, int[] dilation, int groups, float pad_value"
 )
 
-torch.library.define("profit_kernels::block_moments", "(Tensor x, float eps) -> (Tensor, Tensor, Tensor)")
 torch.library.define("profit_kernels::block_conv2d", f"(Tensor x, {_TENSORS}, {_SETTINGS}) -> Tensor")
 torch.library.define(
     "profit_kernels::block_conv2d_backward",
@@ -43,12 +43,6 @@ def _unflatten(x, mean, invstd, gamma, beta, weight, a, c, bias, of_batch, bits,
     return x, norm, weight, quantizer, bias, Convolution(*geometry)
 
 
-def _moments(x, eps):
-    if dispatch.choose("block", x) == "cpp":
-        return cpp.moments(x, eps)
-    return reference.moments(x, eps)
-
-
 def _block(x, *rest):
     if dispatch.choose("block", x) == "cpp":
         return cpp.block(*_unflatten(x, *rest))
@@ -61,15 +55,8 @@ def _block_backward(grad, x, *rest):
     return reference.block_backward(grad, *_unflatten(x, *rest[:-3]), rest[-3:])
 
 
-torch.library.impl("profit_kernels::block_moments", "default", _moments)
 torch.library.impl("profit_kernels::block_conv2d", "default", _block)
 torch.library.impl("profit_kernels::block_conv2d_backward", "default", _block_backward)
-
-
-@torch.library.register_fake("profit_kernels::block_moments")
-def _(x, eps):
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return tuple(x.new_empty(x.shape[1], dtype=dtype) for _ in range(3))
 
 
 # The fakes run the reference on meta tensors: a convolution's memory format is torch's to decide. A kernel's is ours.
@@ -126,13 +113,8 @@ class _Eager(torch.autograd.Function):
         return _gradients(ctx, grad, _block_backward)
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether nothing traces or wraps x."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
-
-
 def _apply(x: Tensor, *rest) -> Tensor:
-    return _Eager.apply(x, *rest) if _is_plain(x) else torch.ops.profit_kernels.block_conv2d(x, *rest)
+    return _Eager.apply(x, *rest) if is_plain(x) else torch.ops.profit_kernels.block_conv2d(x, *rest)
 
 
 def block_conv2d(
@@ -187,28 +169,14 @@ def block_conv2d(
     """
     op = "block_conv2d"
     _check_shapes(op, x, weight, bias, groups)
-    for name, value in (
-        ("bn_weight", bn_weight), ("bn_bias", bn_bias), ("running_mean", running_mean), ("running_var", running_var),
-    ):  # fmt: skip
-        if value is not None and value.shape != x.shape[1:2]:
-            raise ValueError(f"{op}: {name} must have shape [{x.shape[1]}], got {tuple(value.shape)}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError(f"{op}: running_mean and running_var go together, one of them is None")
-    if not training and running_mean is None:
-        raise ValueError(f"{op}: training=False needs running_mean and running_var")
-    if training and x.numel() == x.shape[1]:
-        raise ValueError(f"{op}: statistics of the batch need more than one value per channel, got {tuple(x.shape)}")
+    check_norm(op, x, bn_weight, bn_bias, running_mean, running_var, training)
     settings = _settings(op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation)
     geometry = _geometry(op, stride, padding, dilation, groups, offset if pad_value is None else pad_value)
     (x,) = autocast(x)
     if dispatch.choose("block", x) == "reference":
         v = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
         return _in_parts(v, weight, a_x, c_x, a_w, c_w, bias, weight_bits, settings, geometry)
-    mean, var, invstd = _statistics(x, running_mean, running_var, training, eps)
-    if training and running_mean is not None:
-        with torch.no_grad():
-            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_(var.to(running_var.dtype), momentum)
+    mean, invstd = statistics(x, running_mean, running_var, training, momentum, eps)
     weight = _quantized_weight(weight, a_w, c_w, weight_bits)
     return _apply(
         x, mean, invstd, bn_weight, bn_bias, weight, a_x, c_x, bias, training, *settings, *geometry
@@ -269,21 +237,10 @@ def block_batch_norm(
     """
     (x,) = autocast(x)
     if dispatch.choose("block", x) == "reference":
-        statistics = (None, None) if training else (running_mean, running_var)
-        return F.batch_norm(x, *statistics, bn_weight, bn_bias, training, 0.0, eps)
-    mean, _, invstd = _statistics(x, running_mean, running_var, training, eps)
+        running = (None, None) if training else (running_mean, running_var)
+        return F.batch_norm(x, *running, bn_weight, bn_bias, training, 0.0, eps)
+    mean, invstd = statistics(x, running_mean, running_var, training, None, eps)
     return reference.normalize(x, Norm(mean, invstd, bn_weight, bn_bias, training))
-
-
-def _statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean, variance, 1 / sqrt(variance + eps)): of this batch (the variance unbiased), or the running ones."""
-    if training:
-        return _moments(x.detach(), eps) if _is_plain(x) else torch.ops.profit_kernels.block_moments(x.detach(), eps)
-    dtype = compute_dtype(x)
-    var = running_var.to(dtype)
-    return running_mean.to(dtype), var, (var + eps).rsqrt()
 
 
 def _check_shapes(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:

@@ -13,6 +13,7 @@ from profit_kernels import dispatch
 from profit_kernels.ops.block import op, reference
 from tests import tolerances
 from tests.ops.block.common import CASES, Case, arguments, sample, textbook
+from tests.oracles import ACTIVATIONS
 
 
 def grads(y, s, g):
@@ -22,7 +23,7 @@ def grads(y, s, g):
 @pytest.fixture
 def registered(monkeypatch):
     """The registered operator with the reference in it, as a backend with a kernel would be called."""
-    monkeypatch.setattr(op.dispatch, "choose", lambda name, x: "registered" if name == "block" else "reference")
+    monkeypatch.setattr(op.dispatch, "choose", lambda name, x, *limits: "registered" if name == "block" else "reference")
 
 
 @pytest.mark.parametrize("path", ["registered", "parts"])
@@ -55,13 +56,34 @@ def test_without_batch_norm(case, rng, registered):
         g = torch.randn(y.shape, generator=rng, dtype=y.dtype)
         monkey = pytest.MonkeyPatch()
         with monkey.context() as m:
-            m.setattr(op.dispatch, "choose", lambda name, x: "reference")
+            m.setattr(op.dispatch, "choose", lambda name, x, *limits: "reference")
             parts = pk.duq_conv2d(s.x, s.weight, s.a, s.c, s.a_w, s.c_w, s.bias, **settings)
     torch.testing.assert_close(y, parts, **tolerances.TEXTBOOK[torch.float64])
     for mine, other in zip(grads(y, s, g), grads(parts, s, g), strict=True):
         assert (mine is None) == (other is None)
         if mine is not None:
             torch.testing.assert_close(mine, other, **tolerances.TEXTBOOK[torch.float64])
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "hardswish"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("path", ["registered", "parts"])
+def test_batch_norm_act(path, training, activation, rng, request):
+    if path == "registered":
+        request.getfixturevalue("registered")
+    s = sample(Case("p"), rng, torch.float64)
+    theirs = copy.deepcopy(s)
+    with pk.use_backend("reference"):
+        y = pk.batch_norm_act(s.x, s.gamma, s.beta, s.mean, s.var, training=training, momentum=0.3, activation=activation)
+        v = torch.nn.functional.batch_norm(theirs.x, theirs.mean, theirs.var, theirs.gamma, theirs.beta, training, 0.3)
+        expected = ACTIVATIONS[activation](v)
+        g = torch.randn(y.shape, generator=rng, dtype=y.dtype)
+        got = torch.autograd.grad(y, [s.x, s.gamma, s.beta], g)
+        want = torch.autograd.grad(expected, [theirs.x, theirs.gamma, theirs.beta], g)
+    for mine, other in zip((y, *got, s.mean, s.var), (expected, *want, theirs.mean, theirs.var), strict=True):
+        torch.testing.assert_close(mine, other, **tolerances.TEXTBOOK[torch.float64])
+    with pytest.raises(ValueError, match="activation must be one of"):
+        pk.batch_norm_act(s.x, s.gamma, s.beta, s.mean, s.var, training=True, activation="silu")
 
 
 def test_gradients_by_finite_differences(rng, registered):
@@ -127,7 +149,7 @@ def test_half_precision_keeps_batch_norm_in_float32(rng, registered):
 @pytest.mark.parametrize("change, message", [
     ({"x": torch.zeros(2, 6, 3)}, "must be \\[N, C, H, W\\]"),
     ({"weight": torch.zeros(8, 5, 1, 1)}, "the weight must be"),
-    ({"gamma": torch.zeros(5)}, "bn_weight must have shape \\[6\\]"),
+    ({"gamma": torch.zeros(5)}, "BatchNorm's weight must have shape \\[6\\]"),
     ({"var": None}, "go together"),
     ({"x": torch.zeros(1, 6, 1, 1)}, "more than one value per channel"),
     ({"a": None}, "needs the interval a"),
