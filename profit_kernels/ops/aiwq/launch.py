@@ -7,7 +7,7 @@ Quantizing takes some 60 instructions an element (h-swish and three true divisio
 does it on the fly; where it would see it several times (9 taps, or many blocks of output channels) the DuQ kernel quantizes
 first, once, into a temporary like x. That is two passes over x more, much less than nine times the arithmetic.
 
-Not used, though exact: (1) the update of the weight, conv(x, weight_new - weight_old), with a closed form for channels without a
+Not used, though exact: (1) the update of the weight, conv(x, weight_new - weight_old), with a closed form for channels with no
 changed code: x and y_new have to be read all the same, and a tile of 32 channels nearly always holds a changed one (if 94%
 are unchanged, one tile in seven holds none), so that nothing is skipped. (2) Moments of a 1x1 layer from the second moments
 of its input: C_in^2 products a position instead of C_in * C_out, in more digits than tensor cores have.
