@@ -115,7 +115,8 @@ def model_sizes(model: nn.Module, bits: Sequence[int] = (32, 8, 5, 4, 3, 2)) -> 
         for quantizer in (module.input_quantizer, module.weight_quantizer)
         for tensor in (*quantizer.parameters(), *quantizer.buffers())
     }
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+    # Flags are scalars.
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.dim()}
     rest = sum(4 * t.numel() for key, t in tensors.items() if key not in packed and key not in interval_ids)
     intervals = sum(4 * t.numel() for key, t in tensors.items() if key in interval_ids)
     sizes = []

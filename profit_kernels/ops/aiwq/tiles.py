@@ -52,11 +52,11 @@ def depthwise_tile(channels: int, height: int, width: int, channels_last: bool, 
         columns = min(8, power_of_2(width))
         rows = _ELEMENTS // block // columns
     else:
-        # Half a tile: single elements that are not neighbours take more registers, for their places and masks.
         columns = min(128, power_of_2(width))
-        rows = min(_ELEMENTS // 2 // columns, power_of_2(height))
-        block = _neighbours(channels, 2 * rows * columns)
-    return {"BH": rows, "BW": columns, "BC": block, "num_warps": 4}
+        rows = min(_ELEMENTS // columns, power_of_2(height))
+        block = _neighbours(channels, rows * columns)
+    # In NCHW four elements a thread: they are not neighbours, and the place and the mask of each take registers too.
+    return {"BH": rows, "BW": columns, "BC": block, "num_warps": 4 if channels_last else 8}
 
 
 def pointwise_tile(dtype: torch.dtype, amd: bool) -> dict[str, int]:

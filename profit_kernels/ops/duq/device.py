@@ -37,7 +37,7 @@ def activate_grad(g, x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu6":
         g = tl.where((x > 0.0) & (x < 6.0), g, 0.0)
     elif ACTIVATION == "hardswish":
-        g = tl.where(x >= 3.0, g, tl.where(x > -3.0, g * (x * (1 / 3) + 0.5), 0.0))  # 0 where x is NaN
+        g = tl.where(x >= 3.0, g, tl.where(x > -3.0, g * (tl.div_rn(x, 3.0) + 0.5), 0.0))  # 0 where x is NaN
     return g
 
 

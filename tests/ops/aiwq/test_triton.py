@@ -147,7 +147,9 @@ def compare_layer(rng, name, dtype, layout, act_bits, kind, bias=True):
         )
     torch.testing.assert_close(actual, expected, equal_nan=True, **tolerances.KL_CONV_KERNEL[dtype])
     if y_new[:, 0].numel() > 1:
-        assert same.max() < tolerances.KL_SAME_WEIGHT[dtype]
+        # A channel whose images share one code does not vary: there the KL is that of two roundings over eps.
+        alive = y_new.double().transpose(0, 1).flatten(1).var(1) > 1e-6
+        assert not (same[alive] >= tolerances.KL_SAME_WEIGHT[dtype]).any()
 
 
 HSWISH = (False, -0.375, "hardswish")

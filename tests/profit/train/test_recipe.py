@@ -63,7 +63,7 @@ def test_shipped_recipes_load(name: str) -> None:
         ("data=3", r"data is a section of keys, not 3 \(int\)"),
         ("data.fold.x=3", "data.fold is a value, not a section"),
         ("data.fold", "--set takes section.key=value"),
-        ("data.fold=[", "is not a YAML value"),
+        ("data.fold=[", "is not valid YAML"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:

@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path) -> N
         ("run.device=cuda:99", RecipeError, "run.device: cuda:99 is not here"),
         ("teacher.source=/nowhere", RecipeError, "teacher.source: there is no file or folder /nowhere"),
         ("schedule.sample_epochs=0", TrainingError, "needs AIWQ scores: set schedule.sample_epochs"),
-        ("calibration.batches=0", TrainingError, "phase a4.bn: batches=0 must be at least 1"),
+        ("calibration.batches=0", RecipeError, "calibration.batches must be at least 1, got 0"),
     ],
 )
 def test_impossible_runs_are_refused_in_one_line(tmp_path, change: str, error: type, message: str) -> None:
