@@ -20,22 +20,41 @@ pytest.importorskip("triton", reason="Triton is not installed")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("static")
+def compile_all(folder: Path, *only: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder / "cache")}
-    command = [sys.executable, "-m", "benchmarks", "static", "--jobs", "1", "--json", str(folder / "static.json")]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=800)
+    command = [sys.executable, "-m", "benchmarks", "static", "--jobs", "1", "--json", str(folder / "static.json"), *only]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3000)
     assert run.returncode in (0, 1), run.stderr[-2000:]
     return json.loads((folder / "static.json").read_text())["rows"]
 
 
-def test_every_kernel_clears_the_bar(rows):
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Every kernel of every operator: minutes."""
+    return compile_all(tmp_path_factory.mktemp("static"))
+
+
+@pytest.fixture(scope="module")
+def duq_rows(tmp_path_factory):
+    return compile_all(tmp_path_factory.mktemp("static"), "--op", "duq")
+
+
+def assert_clear(rows: list[dict]) -> None:
     failed = [f"{r['kernel']} ({r['note']}), {r['target']}, {r['dtype']}: {r['faults']}" for r in rows if r["faults"]]
     assert not failed, "\n".join(failed)
 
 
+def test_the_quantizer_clears_the_bar(duq_rows):
+    assert_clear(duq_rows)
+
+
+@pytest.mark.slow
+def test_every_kernel_clears_the_bar(rows):
+    assert_clear(rows)
+
+
+@pytest.mark.slow
 def test_no_kernel_is_left_out(rows):
     launched = set()
     for path in (ROOT / "profit_kernels" / "ops").glob("*/*launch*.py"):
@@ -46,8 +65,8 @@ def test_no_kernel_is_left_out(rows):
         assert launched <= covered, f"{target}: no static case for {sorted(launched - covered)}"
 
 
-def test_divisions_are_where_codes_are_made(rows):
-    for r in rows:
+def test_divisions_are_where_codes_are_made(duq_rows):
+    for r in duq_rows:
         if r["kernel"] in ("duq_forward", "duq_backward", "duq_codes"):
             assert r["exact_divisions"] > 0, r
 
