@@ -157,7 +157,7 @@ def _amd(asm: Mapping[str, Any]) -> dict[str, Any]:
 
     widths = [_AMD_BYTES[kind] * int((times or "x1")[1:]) for kind, times in _AMD_ACCESS.findall(text)]
     # In the assembly integer divisions have reciprocals too, so approximate ones are looked for a stage earlier.
-    approximate = r"\bfdiv (?:\w+ )*(?:fast|arcp|afn)\b|\bfdiv .*!fpmath|llvm\.amdgcn\.rcp"
+    approximate = r"\bfdiv (?:\w+ )*(?:fast|arcp|afn)\b[^,]* float|\bfdiv (?:\w+ )*float .*!fpmath|llvm\.amdgcn\.rcp\.f32"
     exact = len(re.findall(r"\bv_div_fixup_f32", text))
     return {
         "registers": meta("vgpr_count"),
