@@ -82,6 +82,26 @@ PROFIT_INLINE Vec divide(Vec v, Vec b, Vec inverse) {
 #endif
 }
 
+// v / 3 and v / 6, correctly rounded without a division. The constant is kept in two parts whose fused products with any float
+// round to the true quotient (Brisebarre and Muller, IEEE Trans. Computers 57, 2008; checked for every mantissa). Both parts are
+// positive: infinities stay.
+template <typename V>
+PROFIT_INLINE V third(V v) {
+  return v / splat<V>(3);
+}
+template <typename V>
+PROFIT_INLINE V sixth(V v) {
+  return v / splat<V>(6);
+}
+#if PROFIT_LANES > 4
+PROFIT_INLINE Vec third(Vec v) {
+  return fused_multiply_add(v, splat<Vec>(0x1.555554p-2f), v * splat<Vec>(0x1.555556p-26f));
+}
+PROFIT_INLINE Vec sixth(Vec v) {
+  return fused_multiply_add(v, splat<Vec>(0x1.555554p-3f), v * splat<Vec>(0x1.555556p-27f));
+}
+#endif
+
 // max(x, -3) * clip(x + 3, 0, 6). The max changes nothing but -inf, whose product with 0 would be NaN.
 template <typename V>
 PROFIT_INLINE V hardswish_times_six(V x) {
@@ -97,7 +117,7 @@ PROFIT_INLINE V activate(V x) {
   } else if constexpr (act == Activation::relu6) {
     return clamp(x, zero, splat<V>(6));
   } else if constexpr (act == Activation::hardswish) {
-    return hardswish_times_six(x) / splat<V>(6);
+    return sixth(hardswish_times_six(x));
   } else {
     return x;
   }
@@ -113,24 +133,11 @@ PROFIT_INLINE V activate_grad(V x) {
     return (x > zero) & (x < splat<V>(6)) ? one : zero;
   } else if constexpr (act == Activation::hardswish) {
     const V three = splat<V>(3);
-    const V slope = x < three ? x * splat<V>(1.0 / 3.0) + splat<V>(0.5) : one;  // 1 for NaN, whose gradient is 0 already
+    const V slope = x < three ? third(x) + splat<V>(0.5) : one;  // 1 for NaN, whose gradient is 0 already
     return x <= -three ? zero : slope;
   } else {
     return one;
   }
-}
-
-// act(x) without a division. A sixth is kept in two parts whose fused products with any float round to its true sixth (Brisebarre
-// and Muller, IEEE Trans. Computers 57, 2008; checked for every mantissa). Both are positive: infinity stays.
-template <Activation act>
-PROFIT_INLINE Vec activate_undivided(Vec x) {
-#if PROFIT_LANES > 4
-  if constexpr (act == Activation::hardswish) {
-    const Vec product = hardswish_times_six(x);
-    return fused_multiply_add(product, splat<Vec>(0x1.555554p-3f), product * splat<Vec>(0x1.555556p-27f));
-  }
-#endif
-  return activate<act>(x);
 }
 
 // A quantizer spread over registers. With PROFIT_LANES of 4 it divides and serves any A; otherwise see is_ordinary.
@@ -149,7 +156,7 @@ struct VecQuantizer {
   // u = clip((act(x) - d) / A, lo, 1), with the clip in front of the division, where it costs no infinity.
   template <Activation act>
   PROFIT_INLINE Vec clipped(Vec x) const {
-    return divide(clamp(activate_undivided<act>(x) - d, low, A), A, inverse);
+    return divide(clamp(activate<act>(x) - d, low, A), A, inverse);
   }
   PROFIT_INLINE Vec code(Vec u) const { return round_half_even(u * s); }
   PROFIT_INLINE Vec value(Vec code) const { return code * step + d; }
