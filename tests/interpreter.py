@@ -19,9 +19,17 @@ def round_as_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cast = builder.cast_impl
 
     def fma(self, x, y, z):
-        # The product of two float32 is exact in float64; rounding the sum twice differs once in 2^29.
-        exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
-        return handle(exact.astype(x.data.dtype), z.dtype.scalar)
+        # The product of two float32 is exact in float64. The sum is rounded to odd there, so that the second rounding, to
+        # float32, is that of the exact sum (Boldo and Melquiond, IEEE Transactions on Computers 57(4), 2008).
+        product, addend = (x.data.astype(np.float64) * y.data.astype(np.float64)), z.data.astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            total = np.atleast_1d(product + addend)
+            part = total - product
+            lost = np.atleast_1d((product - (total - part)) + (addend - part))
+            even = (total.view(np.int64) & 1) == 0
+            inexact = np.isfinite(total) & (lost != 0) & np.isfinite(lost) & even
+            odd = np.where(inexact, np.nextafter(total, np.copysign(np.inf, lost)), total)
+            return handle(odd.reshape(np.shape(product + addend)).astype(x.data.dtype), z.dtype.scalar)
 
     def to(self, src, dst_type):
         pair = (src.dtype.scalar, dst_type.scalar)

@@ -37,6 +37,8 @@ def process_group(timeout_s: float) -> Iterator[None]:
             # of 1x1 convolutions, whose gradient has strides of no consequence; said once per process otherwise
             warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
             yield
+        if own:
+            dist.barrier()
     except RuntimeError as error:
         if not _is_loss_of_a_process(error):
             raise

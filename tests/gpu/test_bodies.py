@@ -7,10 +7,14 @@ import torch
 
 from tests.gpu import bodies
 from tests.gpu.bodies import GEOMETRIES, HSWISH, OPERATORS, PLAIN
+from tests.interpreter import round_as_a_device
 
 
 @pytest.fixture(params=["auto", "triton"])
-def backend(request):
+def backend(request, monkeypatch):
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+        round_as_a_device(monkeypatch)  # the interpreter alone truncates to bfloat16
     return request.param
 
 

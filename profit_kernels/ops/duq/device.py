@@ -65,6 +65,8 @@ def reciprocal(A):
 def divide(v, A, high, low):
     """v / A, correctly rounded, for finite v and a divisor known in advance; div_rn has a branch and three times the work.
 
+    A quotient below 2^-126 may come out as 0 (its remainder underflows): the code of both is 0.
+
     The first line is within 0.51 ulp (Brisebarre, Muller and Raina, IEEE Transactions on Computers 53(8), 2004). From there the
     exact remainder gives the correctly rounded quotient (Markstein, IBM J. Res. Dev. 34(1), 1990).
     """
