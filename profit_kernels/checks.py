@@ -41,6 +41,26 @@ def check_quantizer(
             )
 
 
+def check_sides(
+    op: str, x: Tensor, weight: Tensor, a_x: Tensor | None, c_x: Tensor | None, a_w: Tensor | None, c_w: Tensor | None,
+    act_bits: int | None, weight_bits: int | None, signed: bool, offset: float, activation: str,
+) -> None:  # fmt: skip
+    """Arguments of a convolution with a DuQ on its input and one on its weight; raises TypeError or ValueError."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    for side, bits, tensor, a, c in (("act", act_bits, x, a_x, c_x), ("weight", weight_bits, weight, a_w, c_w)):
+        if bits is None:
+            continue
+        check_bits(op, bits, f"{side}_bits")
+        if a is None or c is None:
+            raise ValueError(f"{op}: {side}_bits={bits} needs the interval a and the scale c of that side")
+        if side == "act" and (a.numel() != 1 or c.numel() != 1):
+            raise ValueError(f"{op}: the input has one interval and one scale, got {a.numel()} and {c.numel()} values")
+        check_quantizer(
+            op, tensor, a, c, bits, side == "weight" or signed, offset if side == "act" else 0.0, activation
+        )
+
+
 def pair(op: str, name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
     values = (value, value) if isinstance(value, int) else tuple(value)
     if len(values) != 2 or any(v < minimum for v in values):
@@ -58,3 +78,10 @@ def pads(op: str, padding: int | Sequence[int]) -> tuple[int, int, int, int]:
             f"{op}: padding must be p, (ph, pw) or (left, right, top, bottom) with no negative value, got {padding!r}"
         )
     return values  # type: ignore[return-value]
+
+
+def geometry(
+    op: str, stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """Stride, padding (left, right, top, bottom) and dilation as the operators' schemas take them."""
+    return list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1))

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -146,6 +147,18 @@ def choose(op: str, x: Tensor, limits: Mapping[str, str | None] | None = None) -
                 log.info("%s on %s: backend %s", op, device_type, backend)
             return backend
     return "reference"
+
+
+def serving(
+    package: str, op: str, x: Tensor, limits: Mapping[str, str | None] | None = None, *, triton: str = "launch"
+) -> ModuleType:
+    """The module of an operator's package whose functions serve this call: `reference`, `cpp`, or the Triton launcher.
+
+    Each has functions of the same names. Arguments and errors as `choose`; `triton` names the launcher's module, which is
+    imported only where it serves.
+    """
+    backend = choose(op, x, limits)
+    return importlib.import_module(f"{package}.{triton if backend == 'triton' else backend}")
 
 
 def available_backends(device_type: str | None = None) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ of its input: C_in^2 products a position instead of C_in * C_out, in more digits
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -52,7 +51,7 @@ def kl(y_new: Tensor, y_old: Tensor, eps: float) -> Tensor:
     tiles_each, images_each = share(tiles, images, blocks)
     grid = (cdiv(tiles, tiles_each), blocks, cdiv(images, images_each))
     slow, fast = (positions, channels) if channels_last else (channels, positions)
-    with _device(y_new):
+    with duq.on_device(y_new):
         partial = _partials(y_new, grid)
         kernels.moments[grid](
             y_new, y_old, partial, images, slow, fast // tile["VEC"], tiles_each, images_each,
@@ -84,7 +83,7 @@ def conv_kl(
     # A pointer that is never followed stands for what is absent.
     tensors = (x, weight, x if bias is None else bias.to(y_new.dtype), y_new)
     constants = {"CHANNELS_LAST": channels_last, "HAS_BIAS": bias is not None, "ACTIVATION": activation}
-    with _device(x):
+    with duq.on_device(x):
         if pointwise:
             quantizer = (x, x, 1.0, 0.0, 0.0)
             if act_bits is not None:
@@ -171,10 +170,6 @@ def _as(x: Tensor, channels_last: bool) -> Tensor:
 
 def _amd() -> bool:
     return torch.version.hip is not None
-
-
-def _device(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 def _check(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ... import dispatch
-from ...checks import check_quantizer, pads, pair
-from . import cpp, reference
+from ... import checks, dispatch
+from . import cpp
 
 EPS = 1e-12  # added to both variances; far below that of a live channel, enough for a dead one to give 0 and not NaN
 
@@ -39,27 +37,17 @@ def _beyond_triton(x: Tensor, weight: Tensor, padding: Sequence[int], groups: in
     )
 
 
-def _serving(op: str, x: Tensor, limits: dict[str, str | None] | None = None) -> ModuleType:
-    """The module whose functions serve this call: reference, cpp or launch (Triton), which have the same names in each."""
-    backend = dispatch.choose(op, x, limits)
-    if backend == "triton":
-        from . import launch
-
-        return launch
-    return cpp if backend == "cpp" else reference
-
-
 @torch.library.impl("profit_kernels::aiwq_kl", "default")
 def _kl(y_new, y_old, eps):
     with torch.no_grad():
-        return _serving("aiwq", _wider(y_new, y_old)).kl(y_new, y_old, eps)
+        return dispatch.serving(__package__, "aiwq", _wider(y_new, y_old)).kl(y_new, y_old, eps)
 
 
 @torch.library.impl("profit_kernels::aiwq_conv2d", "default")
 def _conv_kl(x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest, weight_new=None):
     limits = {"triton": _beyond_triton(x, weight_old, padding, groups)}
     with torch.no_grad():
-        backend = _serving("aiwq_conv", _wider(x, y_new), limits)
+        backend = dispatch.serving(__package__, "aiwq_conv", _wider(x, y_new), limits)
         # Only the C++ kernels know how to use it.
         known = {"weight_new": weight_new} if backend is cpp else {}
         return backend.conv_kl(x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest, **known)
@@ -131,9 +119,9 @@ def aiwq_conv2d(
     if act_bits is not None:
         if a_x is None or c_x is None:
             raise ValueError(f"{op}: act_bits={act_bits} needs a_x and c_x")
-        check_quantizer(op, x, a_x, c_x, act_bits, signed, offset, activation)
+        checks.check_quantizer(op, x, a_x, c_x, act_bits, signed, offset, activation)
         a_x, c_x = a_x.detach(), c_x.detach()
-    geometry = (list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1)))
+    geometry = checks.geometry(op, stride, padding, dilation)
     bias = None if bias is None else bias.detach()
     if weight_new is not None:
         if weight_new.shape != weight_old.shape:

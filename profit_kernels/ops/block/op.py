@@ -9,13 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ... import dispatch
-from ...checks import check_bits, check_quantizer, pads, pair
+from ... import checks, dispatch
 from ..depthwise import layout
 from ..depthwise.op import autocast, duq_depthwise_conv2d
 from ..depthwise.reference import quantize_input
 from ..duq.op import duq_fake_quantize, no_double_backward
-from ..duq.reference import ACTIVATIONS
 from . import cpp, reference
 from .reference import Convolution, Norm, Quantizer
 from .statistics import check_norm, is_plain, statistics
@@ -170,8 +168,10 @@ def block_conv2d(
     op = "block_conv2d"
     _check_shapes(op, x, weight, bias, groups)
     check_norm(op, x, bn_weight, bn_bias, running_mean, running_var, training)
-    settings = _settings(op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation)
-    geometry = _geometry(op, stride, padding, dilation, groups, offset if pad_value is None else pad_value)
+    checks.check_sides(op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation)
+    settings = (act_bits, signed, offset, activation)
+    border = offset if pad_value is None else pad_value
+    geometry = (*checks.geometry(op, stride, padding, dilation), groups, border)
     (x,) = autocast(x)
     if dispatch.choose("block", x) == "reference":
         v = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
@@ -209,8 +209,10 @@ def duq_conv2d(
     """
     op = "duq_conv2d"
     _check_shapes(op, x, weight, bias, groups)
-    settings = _settings(op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation)
-    geometry = _geometry(op, stride, padding, dilation, groups, offset if pad_value is None else pad_value)
+    checks.check_sides(op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation)
+    settings = (act_bits, signed, offset, activation)
+    border = offset if pad_value is None else pad_value
+    geometry = (*checks.geometry(op, stride, padding, dilation), groups, border)
     (x,) = autocast(x)
     if dispatch.choose("block", x) == "reference":
         return _in_parts(x, weight, a_x, c_x, a_w, c_w, bias, weight_bits, settings, geometry)
@@ -253,32 +255,6 @@ def _check_shapes(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, group
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: the bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
-
-
-def _settings(
-    op: str, x: Tensor, weight: Tensor, a_x: Tensor | None, c_x: Tensor | None, a_w: Tensor | None, c_w: Tensor | None,
-    act_bits: int | None, weight_bits: int | None, signed: bool, offset: float, activation: str,
-) -> tuple[int | None, bool, float, str]:  # fmt: skip
-    """(bits, signed, offset, activation) of the input quantizer, both quantizers checked."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    for side, bits, tensor, a, c in (("act", act_bits, x, a_x, c_x), ("weight", weight_bits, weight, a_w, c_w)):
-        if bits is None:
-            continue
-        check_bits(op, bits, f"{side}_bits")
-        if a is None or c is None:
-            raise ValueError(f"{op}: {side}_bits={bits} needs the interval a and the scale c of that side")
-        if side == "act" and (a.numel() != 1 or c.numel() != 1):
-            raise ValueError(f"{op}: the input has one interval and one scale, got {a.numel()} and {c.numel()} values")
-        check_quantizer(
-            op, tensor, a, c, bits, side == "weight" or signed, offset if side == "act" else 0.0, activation
-        )
-    return act_bits, signed, offset, activation
-
-
-def _geometry(op: str, stride, padding, dilation, groups: int, pad_value: float) -> tuple:
-    lists = (list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1)))
-    return *lists, groups, pad_value
 
 
 def _quantized_weight(weight: Tensor, a_w: Tensor | None, c_w: Tensor | None, bits: int | None) -> Tensor:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ... import dispatch
-from ...checks import check_bits, check_quantizer, pads, pair
+from ... import checks, dispatch
 from ..duq.op import duq_fake_quantize, no_double_backward
-from ..duq.reference import ACTIVATIONS
-from . import cpp, layout, reference
+from . import layout, reference
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
 _QUANT = "int? act_bits, int? weight_bits, bool signed, float offset, str activation, float pad_value"
@@ -37,34 +34,24 @@ torch.library.define(
 )
 
 
-def _serving(op: str, x: Tensor) -> ModuleType:
-    """The module whose functions serve this call: reference, cpp or launch (Triton), which have the same names in each."""
-    backend = dispatch.choose(op, x)
-    if backend == "triton":
-        from . import launch
-
-        return launch
-    return cpp if backend == "cpp" else reference
-
-
 @torch.library.impl("profit_kernels::depthwise_conv2d", "default")
 def _depthwise(x, *rest):
-    return _serving("depthwise", x).depthwise(x, *rest)
+    return dispatch.serving(__package__, "depthwise", x).depthwise(x, *rest)
 
 
 @torch.library.impl("profit_kernels::depthwise_conv2d_backward", "default")
 def _depthwise_backward(grad, x, *rest):
-    return _serving("depthwise", x).depthwise_backward(grad, x, *rest)
+    return dispatch.serving(__package__, "depthwise", x).depthwise_backward(grad, x, *rest)
 
 
 @torch.library.impl("profit_kernels::duq_depthwise_conv2d", "default")
 def _duq_depthwise(x, *rest):
-    return _serving("duq_depthwise", x).duq_depthwise(x, *rest)
+    return dispatch.serving(__package__, "duq_depthwise", x).duq_depthwise(x, *rest)
 
 
 @torch.library.impl("profit_kernels::duq_depthwise_conv2d_backward", "default")
 def _duq_depthwise_backward(grad, x, *rest):
-    return _serving("duq_depthwise", x).duq_depthwise_backward(grad, x, *rest)
+    return dispatch.serving(__package__, "duq_depthwise", x).duq_depthwise_backward(grad, x, *rest)
 
 
 # The reference's fakes run it on meta tensors: a convolution's memory format is torch's to decide. A kernel's is ours.
@@ -187,7 +174,7 @@ def depthwise_conv2d(
     """
     op = "depthwise_conv2d"
     _check_shapes(op, x, weight, bias)
-    geometry = (list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1)))
+    geometry = checks.geometry(op, stride, padding, dilation)
     x, weight, bias = autocast(x, weight, bias)
     if dispatch.choose("depthwise", x) == "reference":
         return reference.depthwise(x, weight, bias, *geometry, pad_value)
@@ -228,20 +215,10 @@ def duq_depthwise_conv2d(
     """
     op = "duq_depthwise_conv2d"
     _check_shapes(op, x, weight, bias)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    for side, bits, tensor, a, c in (("act", act_bits, x, a_x, c_x), ("weight", weight_bits, weight, a_w, c_w)):
-        if bits is None:
-            continue
-        check_bits(op, bits, f"{side}_bits")
-        if a is None or c is None:
-            raise ValueError(f"{op}: {side}_bits={bits} needs the interval a and the scale c of that side")
-        if side == "act" and (a.numel() != 1 or c.numel() != 1):
-            raise ValueError(f"{op}: the input has one interval and one scale, got {a.numel()} and {c.numel()} values")
-        check_quantizer(
-            op, tensor, a, c, bits, side == "weight" or signed, offset if side == "act" else 0.0, activation
-        )
-    geometry = (list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1)))
+    checks.check_sides(
+        op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation
+    )
+    geometry = checks.geometry(op, stride, padding, dilation)
     pad_value = offset if pad_value is None else pad_value
     (x,) = autocast(x)
     if dispatch.choose("duq_depthwise", x) == "reference":

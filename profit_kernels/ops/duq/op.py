@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ... import dispatch
 from ...checks import check_quantizer
-from . import cpp, reference
+from . import reference
 
 _SETTINGS = "int bits, bool signed, float offset, str activation"
 
@@ -30,39 +29,33 @@ torch.library.define(
 )
 
 
-def _serving(op: str, x: Tensor) -> ModuleType:
-    """The module whose functions serve this call: reference, cpp or launch (Triton), which have the same names in each."""
-    backend = dispatch.choose(op, x)
-    if backend == "triton":
-        from . import launch, weights_launch
-
-        return weights_launch if op == "duq_weights" else launch
-    return cpp if backend == "cpp" else reference
-
-
 @torch.library.impl("profit_kernels::duq", "default")
 def _duq(x, *rest):
-    return _serving("duq", x).forward(x, *rest)
+    return dispatch.serving(__package__, "duq", x).forward(x, *rest)
 
 
 @torch.library.impl("profit_kernels::duq_backward", "default")
 def _duq_backward(grad, x, *rest):
-    return _serving("duq", x).backward(grad, x, *rest)
+    return dispatch.serving(__package__, "duq", x).backward(grad, x, *rest)
 
 
 @torch.library.impl("profit_kernels::duq_codes", "default")
 def _duq_codes(x, *rest):
-    return _serving("duq_codes", x).codes(x, *rest)
+    return dispatch.serving(__package__, "duq_codes", x).codes(x, *rest)
+
+
+def _serving_weights(weights):
+    return dispatch.serving(__package__, "duq_weights", weights[0], triton="weights_launch")
 
 
 @torch.library.impl("profit_kernels::duq_weights", "default")
 def _duq_weights(weights, *rest):
-    return _serving("duq_weights", weights[0]).weights_forward(weights, *rest)
+    return _serving_weights(weights).weights_forward(weights, *rest)
 
 
 @torch.library.impl("profit_kernels::duq_weights_backward", "default")
 def _duq_weights_backward(grads, weights, *rest):
-    return _serving("duq_weights", weights[0]).weights_backward(grads, weights, *rest)
+    return _serving_weights(weights).weights_backward(grads, weights, *rest)
 
 
 @torch.library.register_fake("profit_kernels::duq")

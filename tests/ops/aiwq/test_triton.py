@@ -11,6 +11,7 @@ from torch import Tensor
 
 import profit_kernels as pk
 from profit_kernels.ops.aiwq import reference
+from profit_kernels.ops.aiwq.op import EPS
 from tests import tolerances
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -55,7 +56,7 @@ def test_layouts_that_differ_or_have_gaps(rng, poisoned_empty):
     compare(new[:, ::2], old[:, ::2])
     compare(new.transpose(0, 1), old.transpose(0, 1))
     compare(new, old.double().to(torch.float16))
-    compare(new[:1].expand(3, -1, -1, -1), old)
+    compare(new[:1].expand(3, -1, -1, -1), old, tolerances.KL_UNRELATED)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -147,9 +148,10 @@ def compare_layer(rng, name, dtype, layout, act_bits, kind, bias=True):
         )
     torch.testing.assert_close(actual, expected, equal_nan=True, **tolerances.KL_CONV_KERNEL[dtype])
     if y_new[:, 0].numel() > 1:
-        # A channel whose images share one code does not vary: there the KL is that of two roundings over eps.
-        alive = y_new.double().transpose(0, 1).flatten(1).var(1) > 1e-6
-        assert not (same[alive] >= tolerances.KL_SAME_WEIGHT[dtype]).any()
+        # Two roundings of y over its deviation: (RMS / deviation)^2 times that of a channel around 0. All channels are held to it.
+        rows = y_new.double().transpose(0, 1).flatten(1)
+        scale = (rows.square().mean(1) / (rows.var(1) + EPS)).clamp(min=1.0)
+        assert (same.double() < tolerances.KL_SAME_WEIGHT[dtype] * scale).all()
 
 
 HSWISH = (False, -0.375, "hardswish")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import profit_kernels as pk
+from profit_kernels import dispatch
 from profit_kernels.ops.duq import reference
 from profit_kernels.testing import BandReport, assert_close_banded, clipping_band
 from tests import tolerances
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # (signed, offset, activation)
 INPUTS = [
@@ -71,3 +78,14 @@ def compare_with_reference(
         assert mine.shape == theirs.shape
         torch.testing.assert_close(mine.cpu(), theirs, rtol=0, atol=slack, equal_nan=True)
     return report
+
+
+@contextmanager
+def kernels_of(backend: str, op: str) -> Iterator[str]:
+    """`op` on the kernels of `backend`, which is given the device they run on; skips, with the reason, where there are none."""
+    device = "cpu" if backend == "cpp" else DEVICE
+    reason = dispatch.why_not(op, backend, device, torch.float32)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    with pk.use_backend(backend, ops=[op]):
+        yield device

@@ -6,21 +6,14 @@ import pytest
 import torch
 
 import profit_kernels as pk
-from profit_kernels import dispatch
 from profit_kernels.ops.duq import reference
 from profit_kernels.testing import edge_data, rounding_band
-from tests.ops.duq.common import INPUTS
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.ops.duq.common import INPUTS, kernels_of
 
 
 @pytest.fixture(params=["cpp", "triton"])
 def backend(request):
-    device = "cpu" if request.param == "cpp" else DEVICE
-    reason = dispatch.why_not("duq_codes", request.param, device, torch.float32)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    with pk.use_backend(request.param, ops=["duq_codes"]):
+    with kernels_of(request.param, "duq_codes") as device:
         yield device
 
 

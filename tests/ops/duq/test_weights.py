@@ -6,24 +6,18 @@ import pytest
 import torch
 
 import profit_kernels as pk
-from profit_kernels import dispatch
 from profit_kernels.ops.duq import reference
 from profit_kernels.testing import assert_close_banded, clipping_band
 from tests import tolerances
-from tests.ops.duq.common import interval_slack
+from tests.ops.duq.common import interval_slack, kernels_of
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Shapes of a small net: stem, depthwise, pointwise, more than one block of a kernel, linear, one single weight.
 SHAPES = [(8, 3, 3, 3), (8, 1, 3, 3), (16, 8, 1, 1), (40, 64, 1, 1), (10, 16), (1, 1)]
 
 
 @pytest.fixture(params=["cpp", "triton"])
 def backend(request):
-    device = "cpu" if request.param == "cpp" else DEVICE
-    reason = dispatch.why_not("duq_weights", request.param, device, torch.float32)
-    if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    with pk.use_backend(request.param, ops=["duq_weights"]):
+    with kernels_of(request.param, "duq_weights") as device:
         yield request.param, device
 
 
