@@ -69,14 +69,14 @@ def test_opcheck_reference(name):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-@pytest.mark.parametrize("name", ["duq", "depthwise_conv2d", "duq_depthwise_conv2d"])
+@pytest.mark.parametrize("name", ["duq", "depthwise_conv2d", "duq_depthwise_conv2d", "aiwq_kl", "aiwq_conv2d"])
 def test_opcheck_kernels(name, backend):
-    op = name.removesuffix("_conv2d")
+    op = {"aiwq_kl": "aiwq", "aiwq_conv2d": "aiwq_conv"}.get(name, name.removesuffix("_conv2d"))
     needs(backend, op)
     # What depends on the kernel (the interpreter is slow); autograd is the same for all and checked with the reference.
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     with pk.use_backend(backend, ops=[op, "duq"]):
-        for kind in (name, f"{name}_backward"):
+        for kind in (name,) if name.startswith("aiwq") else (name, f"{name}_backward"):
             torch.library.opcheck(getattr(OPS, kind).default, samples(requires_grad=False)[kind], **checks)
 
 
@@ -99,7 +99,7 @@ def test_compile_without_a_graph_break(backend, dtype):
     arguments = [torch.randn(2, 4, 8, 8).to(dtype), torch.randn(4, 1, 3, 3).to(dtype), torch.rand(1), torch.rand(1)]
     results = []
     torch.compiler.reset()
-    with pk.use_backend(backend, ops=["duq"]):
+    with pk.use_backend(backend, ops=["duq", "aiwq", "aiwq_conv"]):
         for function in (_net, torch.compile(_net, fullgraph=True, backend="aot_eager")):
             leaves = [t.clone().requires_grad_() for t in arguments]
             out, kl, codes = function(*leaves)

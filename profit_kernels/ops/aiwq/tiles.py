@@ -55,8 +55,9 @@ def depthwise_tile(channels: int, height: int, width: int, channels_last: bool, 
         columns = min(128, power_of_2(width))
         rows = min(_ELEMENTS // columns, power_of_2(height))
         block = _neighbours(channels, rows * columns)
-    # In NCHW four elements a thread: they are not neighbours, and the place and the mask of each take registers too.
-    return {"BH": rows, "BW": columns, "BC": block, "num_warps": 4 if channels_last else 8}
+    # Elements that are not neighbours in memory each need a place and a mask, in registers: four of them a thread, not eight.
+    scattered = not channels_last and (amd or block > 1)
+    return {"BH": rows, "BW": columns, "BC": block, "num_warps": 8 if scattered else 4}
 
 
 def pointwise_tile(dtype: torch.dtype, amd: bool) -> dict[str, int]:
