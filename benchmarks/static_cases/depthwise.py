@@ -37,7 +37,7 @@ def _case(
     cols = launch.output_cols(size * size, stride)
     if function is kernels.depthwise_grad_input:
         cols = launch.input_cols(stride)
-    per_lane = launch.weight_nchw_per_lane(stride, warp) if function is kernels.depthwise_grad_weight else 1
+    per_lane = launch.weight_nchw_per_lane(size * size, stride, warp) if function is kernels.depthwise_grad_weight else 1
     tile = launch.tile(size * size, channels or 64, channels is not None, cols, warp, per_lane)
     constants = {
         "KH": size, "KW": size, "SH": stride, "SW": stride, "DH": 1, "DW": 1, "MULTIPLIER": 1,

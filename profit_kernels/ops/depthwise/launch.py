@@ -50,9 +50,9 @@ def output_cols(taps: int, stride: int) -> int:
     return 4 if stride == 1 else 2 if taps <= 25 else 1
 
 
-def weight_nchw_per_lane(stride: int, warp_size: int) -> int:
-    """Positions a lane of the weight gradient holds in NCHW: strided, ptxas spills a register with one, AMD with two."""
-    return 2 if stride > 1 and warp_size == 32 else 1
+def weight_nchw_per_lane(taps: int, stride: int, warp_size: int) -> int:
+    """Positions a lane of the weight gradient holds in NCHW. Of some filters ptxas spills a register with one, AMD with two."""
+    return 2 if warp_size == 32 and (stride > 1 or taps > 25) else 1
 
 
 def input_cols(stride: int) -> int:
@@ -189,7 +189,7 @@ def _grad_weight(call: _Call, grad: Tensor, weight: Tensor, pad_value: float) ->
     x, out, taps, sw = call.x, call.out_channels, call.taps, call.stride[1]
     if grad.numel() == 0:
         return torch.zeros_like(weight), torch.zeros(out, dtype=x.dtype, device=x.device)
-    chosen = call.tile(out, output_cols(taps, sw), weight_nchw_per_lane(sw, warp_size()))
+    chosen = call.tile(out, output_cols(taps, sw), weight_nchw_per_lane(taps, sw, warp_size()))
     (_, channel_blocks), (positions, strips, blocks, rows) = call.grid(chosen, out, *call.out_size)
     if not call.channels_last:
         positions, channel_blocks = x.shape[0] * strips * blocks, out
