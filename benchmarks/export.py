@@ -25,7 +25,7 @@ from typing import Any
 from .digits import ROOT, processor, recipe_file
 
 NETS = ("mobilenetv1_100", "mobilenetv2_100", "mobilenetv3_large_100")
-MIXED = {"weight_bits": (8, 4, 3, 2), "act_bits": (8, 4, 3)}  # taken in turns, layer by layer
+MIXED = {"weight_bits": (8, 4, 3), "act_bits": (8, 4)}  # taken in turns, layer by layer
 CONFIGURATIONS = ("W4A4", "W3A3", "mixed")
 SIZES = (8, 4, 3, 2)
 
@@ -74,8 +74,8 @@ def configure(model: Any, configuration: str) -> None:
         profit.set_bits(model, weight_bits=bits, act_bits=bits)
         return
     for index, layer in enumerate(profit.quant_layers(model).values()):
-        layer.set_weight_bits(MIXED["weight_bits"][index % 4])
-        layer.set_act_bits(MIXED["act_bits"][index % 3])
+        layer.set_weight_bits(MIXED["weight_bits"][index % 3])
+        layer.set_act_bits(MIXED["act_bits"][index % 2])
 
 
 def agreement(model: Any, batches: Iterable[Any], example: Any, folder: Path) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks export", description=__doc__.splitlines()[0])
     parser.add_argument("--nets", nargs="*", default=list(NETS), help="timm names (default: MobileNet v1, v2, v3-Large)")
     parser.add_argument("--size", type=int, default=224, help="image size of the timm networks (default 224)")
-    parser.add_argument("--images", type=int, default=8, help="images to compare codes on (default 8; digits: its test set)")
+    parser.add_argument("--images", type=int, default=4, help="images to compare codes on (default 4; digits: its test set)")
     parser.add_argument("--repeats", type=int, default=100, help="runs per variant (default 100)")
     parser.add_argument("--work", type=Path, default=Path("runs"), help="where the digits run folders are (default runs)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/export.json", help="the result file")
