@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import dispatch
-from ..duq.op import no_double_backward
 from ..duq.reference import ACTIVATIONS, activate
 from . import cpp, reference
+from .autograd import differentiable
 from .reference import Norm, Quantizer
-from .statistics import check_norm, is_plain, statistics
+from .statistics import check_norm, statistics
 
 _NORM = "Tensor x, Tensor mean, Tensor invstd, Tensor? gamma, Tensor? beta, bool of_batch, str activation"
 
@@ -39,10 +38,6 @@ def _backward(grad, x, *rest):
     return gx, g_gamma, g_beta
 
 
-torch.library.impl("profit_kernels::batch_norm_act", "default", _forward)
-torch.library.impl("profit_kernels::batch_norm_act_backward", "default", _backward)
-
-
 @torch.library.register_fake("profit_kernels::batch_norm_act")
 def _(x, *rest):
     return torch.empty_like(x)
@@ -53,36 +48,12 @@ def _(grad, x, mean, invstd, gamma, beta, *settings):
     return torch.empty_like(x), *(None if t is None else torch.empty_like(t) for t in (gamma, beta))
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:5])
-    ctx.settings = inputs[5:]
-
-
 def _gradients(ctx, grad, backward):
     gx, g_gamma, g_beta = backward(grad, *ctx.saved_tensors, *ctx.settings)
     return gx, None, None, g_gamma, g_beta, None, None
 
 
-def _autograd(ctx, grad):
-    return _gradients(ctx, grad, torch.ops.profit_kernels.batch_norm_act_backward)
-
-
-torch.library.register_autograd("profit_kernels::batch_norm_act", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("profit_kernels::batch_norm_act_backward", no_double_backward("batch_norm_act"))
-
-
-class _Eager(torch.autograd.Function):
-    """The registered operator without its way through the dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        _setup_context(ctx, inputs, None)
-        return _forward(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _gradients(ctx, grad, _backward)
+_apply = differentiable("batch_norm_act", 5, _forward, _backward, _gradients)
 
 
 def batch_norm_act(
@@ -118,5 +89,4 @@ def batch_norm_act(
         # F.hardswish, as the modules have it: nothing is quantized here.
         return F.hardswish(v) if activation == "hardswish" else activate(v, activation)
     mean, invstd = statistics(x, running_mean, running_var, training, momentum, eps)
-    apply = _Eager.apply if is_plain(x) else torch.ops.profit_kernels.batch_norm_act
-    return apply(x, mean, invstd, weight, bias, training, activation)
+    return _apply(x, mean, invstd, weight, bias, training, activation)

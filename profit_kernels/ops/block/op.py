@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import checks, dispatch
 from ..depthwise import layout
 from ..depthwise.op import autocast, duq_depthwise_conv2d
 from ..depthwise.reference import quantize_input
-from ..duq.op import duq_fake_quantize, no_double_backward
+from ..duq.op import duq_fake_quantize
 from . import cpp, reference
+from .autograd import differentiable
 from .reference import Convolution, Norm, Quantizer
-from .statistics import check_norm, is_plain, statistics
+from .statistics import check_norm, statistics
 
 _TENSORS = (
     "Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor weight, Tensor? a, Tensor? c, Tensor? bias"
@@ -53,10 +53,6 @@ def _block_backward(grad, x, *rest):
     return reference.block_backward(grad, *_unflatten(x, *rest[:-3]), rest[-3:])
 
 
-torch.library.impl("profit_kernels::block_conv2d", "default", _block)
-torch.library.impl("profit_kernels::block_conv2d_backward", "default", _block_backward)
-
-
 # The fakes run the reference on meta tensors: a convolution's memory format is torch's to decide. A kernel's is ours.
 @torch.library.register_fake("profit_kernels::block_conv2d")
 def _(x, *rest):
@@ -74,11 +70,6 @@ def _(grad, x, *rest):
 _TENSOR_COUNT = 9  # x and _TENSORS
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:_TENSOR_COUNT])
-    ctx.settings = inputs[_TENSOR_COUNT:]
-
-
 def _gradients(ctx, grad, backward):
     """Of all inputs, from the one `backward` that computes what some of them need."""
     needs = ctx.needs_input_grad
@@ -89,30 +80,7 @@ def _gradients(ctx, grad, backward):
     return gx, None, None, g_gamma, g_beta, gw, ga, gc, gb, *[None] * len(ctx.settings)
 
 
-def _autograd(ctx, grad):
-    return _gradients(ctx, grad, torch.ops.profit_kernels.block_conv2d_backward)
-
-
-torch.library.register_autograd("profit_kernels::block_conv2d", _autograd, setup_context=_setup_context)
-torch.library.register_autograd("profit_kernels::block_conv2d_backward", no_double_backward("block_conv2d"))
-
-
-class _Eager(torch.autograd.Function):
-    """The registered operator without its way through the dispatcher, which costs as much as a small layer."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        _setup_context(ctx, inputs, None)
-        return _block(*inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _gradients(ctx, grad, _block_backward)
-
-
-def _apply(x: Tensor, *rest) -> Tensor:
-    return _Eager.apply(x, *rest) if is_plain(x) else torch.ops.profit_kernels.block_conv2d(x, *rest)
+_apply = differentiable("block_conv2d", _TENSOR_COUNT, _block, _block_backward, _gradients)
 
 
 def block_conv2d(

@@ -8,6 +8,7 @@ from torch import Tensor
 from ... import dispatch
 from ..duq.reference import compute_dtype
 from . import cpp, reference
+from .autograd import is_plain
 
 torch.library.define("profit_kernels::block_moments", "(Tensor x, float eps) -> (Tensor, Tensor, Tensor)")
 
@@ -22,11 +23,6 @@ torch.library.impl("profit_kernels::block_moments", "default", _moments)
 @torch.library.register_fake("profit_kernels::block_moments")
 def _(x, eps):
     return tuple(x.new_empty(x.shape[1], dtype=compute_dtype(x)) for _ in range(3))
-
-
-def is_plain(x: Tensor) -> bool:
-    """Whether nothing traces or wraps x, so that an operator may be called without the dispatcher."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def check_norm(

@@ -148,7 +148,7 @@ def compare_layer(rng, name, dtype, layout, act_bits, kind, bias=True):
         )
     torch.testing.assert_close(actual, expected, equal_nan=True, **tolerances.KL_CONV_KERNEL[dtype])
     if y_new[:, 0].numel() > 1:
-        # Two roundings of y over its deviation: (RMS / deviation)^2 times that of a channel around 0. All channels are held to it.
+        # Two roundings of y over its deviation: (RMS / deviation)^2 times that of a channel around 0.
         rows = y_new.double().transpose(0, 1).flatten(1)
         scale = (rows.square().mean(1) / (rows.var(1) + EPS)).clamp(min=1.0)
         assert (same.double() < tolerances.KL_SAME_WEIGHT[dtype] * scale).all()
