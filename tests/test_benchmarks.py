@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from scipy import stats
+import torch
 
 from benchmarks import digits
 from benchmarks.__main__ import SUITES, main
@@ -20,8 +20,7 @@ def test_an_unknown_suite_lists_the_known_ones(capsys) -> None:
 
 
 def test_interval_against_scipy(rng) -> None:
-    import torch
-
+    stats = pytest.importorskip("scipy.stats", reason="scipy is not installed")
     values = torch.randn(5, generator=rng).tolist()
     low, high = stats.t.interval(0.95, 4, loc=np.mean(values), scale=stats.sem(values))
     found = digits.interval(values)
