@@ -101,10 +101,14 @@ def example(job: Job) -> tuple[Tensor, Tensor]:
 
 
 def build(job: Job, images: Tensor) -> nn.Module:
-    """The network of a variant, in training mode."""
+    """The network of a variant, in training mode; the reference's without fusion, as the textbook writes it."""
     torch.manual_seed(0)
-    if VARIANTS.get(job.variant, (True,))[0]:
-        return nets.converted(job.model, images[:16])
+    converted, backend, *_ = VARIANTS.get(job.variant, (True, ""))
+    if converted:
+        model = nets.converted(job.model, images[:16])
+        if backend == "reference":
+            profit.unfuse_(model)
+        return model
     return nets.create(job.model).to(job.device, memory_format=torch.channels_last).train()
 
 

@@ -5,11 +5,13 @@ Compiling needs Triton without its interpreter, which is chosen at import: hence
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -29,46 +31,42 @@ def compile_all(folder: Path, *only: str) -> list[dict]:
     return json.loads((folder / "static.json").read_text())["rows"]
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """Every kernel of every operator: minutes."""
-    return compile_all(tmp_path_factory.mktemp("static"))
-
-
-@pytest.fixture(scope="module")
-def duq_rows(tmp_path_factory):
-    return compile_all(tmp_path_factory.mktemp("static"), "--op", "duq")
-
-
-def assert_clear(rows: list[dict]) -> None:
-    failed = [f"{r['kernel']} ({r['note']}), {r['target']}, {r['dtype']}: {r['faults']}" for r in rows if r["faults"]]
+@pytest.mark.parametrize("target", compiled.TARGETS)
+@pytest.mark.parametrize("op", static.OPS)
+def test_every_kernel_clears_the_bar(op, target, tmp_path):
+    """In parts, so that the workers of the tests share the minutes that compiling takes."""
+    rows = compile_all(tmp_path, "--op", op, "--target", target)
+    assert len(rows) == len(cases(op, target))
+    failed = [f"{r['kernel']} ({r['note']}), {r['dtype']}: {r['faults']}" for r in rows if r["faults"]]
     assert not failed, "\n".join(failed)
+    for r in rows:
+        if r["kernel"] in ("duq_forward", "duq_backward", "duq_codes"):
+            assert r["exact_divisions"] > 0, r
 
 
-def test_the_quantizer_clears_the_bar(duq_rows):
-    assert_clear(duq_rows)
+def cases(op: str, target: str) -> list[compiled.StaticCase]:
+    return import_module(f"benchmarks.static_cases.{op}").cases(target)
 
 
-@pytest.mark.slow
-def test_every_kernel_clears_the_bar(rows):
-    assert_clear(rows)
-
-
-@pytest.mark.slow
-def test_no_kernel_is_left_out(rows):
+@pytest.mark.parametrize("target", compiled.TARGETS)
+def test_no_kernel_is_left_out(target):
     launched = set()
     for path in (ROOT / "profit_kernels" / "ops").glob("*/*launch*.py"):
         launched |= set(re.findall(r"\bkernels\w*\.(\w+)\[", path.read_text()))
     assert launched, "no launch was found: does the pattern still fit the launchers?"
-    for target in compiled.TARGETS:
-        covered = {r["kernel"] for r in rows if r["target"] == target}
-        assert launched <= covered, f"{target}: no static case for {sorted(launched - covered)}"
+    covered = {case.function.__name__ for op in static.OPS for case in cases(op, target)}
+    assert launched <= covered, f"no static case for {sorted(launched - covered)}"
 
 
-def test_divisions_are_where_codes_are_made(duq_rows):
-    for r in duq_rows:
-        if r["kernel"] in ("duq_forward", "duq_backward", "duq_codes"):
-            assert r["exact_divisions"] > 0, r
+def test_the_committed_table_is_whole():
+    """It is what a review compares registers with: every case of every target, none that misses the bar."""
+    rows = json.loads(static.RESULT.read_text())["rows"]
+    for op, target in itertools.product(static.OPS, compiled.TARGETS):
+        found = [(r["kernel"], r["note"], r["dtype"]) for r in rows if (r["op"], r["target"]) == (op, target)]
+        assert sorted(found) == sorted((c.kernel, c.note, c.dtype) for c in cases(op, target)), (
+            f"{op}, {target}: python -m benchmarks static writes it anew"
+        )
+    assert not [r for r in rows if r["faults"]]
 
 
 @pytest.mark.parametrize(
