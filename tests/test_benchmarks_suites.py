@@ -17,7 +17,7 @@ from benchmarks.__main__ import main
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["step", "--model", "mobilenetv9"], "'mobilenetv9' is not a model of timm"),
+        (["step", "--model", "mobilenetv9"], "'mobilenetv9'"),
         (["step", "--variants", "fast"], "'fast' is not one of auto"),
         (["ops", "--device", "cuda"], "torch finds no CUDA GPU"),
         (["ops", "--toy", "--filter", "nothing of that name", "--group", "weights"], "nothing to measure"),

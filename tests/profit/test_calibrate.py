@@ -62,13 +62,14 @@ def test_percentile_of_what_the_quantizer_sees(percentile, fuse, rng):
         if name == "stem":
             continue
         quantizer = layers[name].input_quantizer
-        positive = seen_by(quantizer, values)
-        positive = positive[positive > 0]
+        seen = seen_by(quantizer, values)
         rank = {"max": 100, None: 99.9}.get(percentile, percentile)
-        expected = np.percentile(positive, rank) if len(positive) else 1.0
-        assert ranges[name] == pytest.approx(expected, rel=tolerances.PERCENTILE)
+        # Whether a value within a rounding of 0 counts as positive moves the rank by a place: the one range and the other.
+        edge = tolerances.PERCENTILE * np.abs(seen).max()
+        both = [np.percentile(seen[seen > e], rank) if (seen > e).any() else 1.0 for e in (-edge, edge)]
+        assert min(both) * (1 - tolerances.PERCENTILE) <= ranges[name] <= max(both) * (1 + tolerances.PERCENTILE)
         for raw in (quantizer.a, quantizer.c):
-            target = torch.tensor([float(expected)], dtype=torch.float64)
+            target = torch.tensor([ranges[name]], dtype=torch.float64)
             torch.testing.assert_close(F.softplus(raw.double()), target, **tolerances.CALIBRATED)
         assert quantizer.is_calibrated and bool(quantizer.calibrated)
 
