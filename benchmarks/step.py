@@ -213,7 +213,8 @@ def prepare(job: Job) -> Prepared:
     with context():
         note = f"{backends_used(job)}; {check(job, model, run, images, labels)}"
         groups = profit.param_groups(model, lr=1e-4, weight_decay=4e-5)
-        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+        # fused, as the trainer has it: torch's other ways spend 5 ms in Python on 158 tensors, and more on more
+        optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)
         monitor = None if job.monitor is None else profit.AIWQMonitor(model, mode=job.monitor)
 
         def step(_: object = None) -> None:

@@ -16,17 +16,24 @@ from profit_kernels import duq_fake_quantize_weights
 from .layer import QuantLayer
 
 
+class Forward:
+    """One forward of a model: what its layers' batched weights share."""
+
+    def __init__(self) -> None:
+        self.active = True  # until it ends
+
+
 class BatchedWeight:
     """The quantized weight that a layer uses in the present forward of its model. A copy of the layer has none."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, forward: Forward) -> None:
         self.weight = weight
-        self.active = True  # until the forward of the model ends
+        self.forward = forward
         self.recorded = False  # used where autograd was recording
 
     def current(self) -> Tensor | None:
         """The weight, during the forward and where activation checkpointing repeats a part of it in the backward."""
-        if self.active:
+        if self.forward.active:
             self.recorded = self.recorded or torch.is_grad_enabled()
             return self.weight
         # Recomputing must save the very tensors of the first time. With use_reentrant=True that was under no_grad, and
@@ -52,8 +59,9 @@ def quantize_weights(model: nn.Module, args: Any) -> None:
         [layer.weight for layer in layers], [q.a for q in quantizers], [q.c for q in quantizers],
         bits=[q.bits for q in quantizers],
     )  # fmt: skip
+    forward = Forward()
     for layer, weight in zip(layers, quantized, strict=True):
-        layer.batched_weight = BatchedWeight(weight)
+        layer.batched_weight = BatchedWeight(weight, forward)
 
 
 def end_forward(model: nn.Module, args: Any, output: Any) -> None:
@@ -62,8 +70,9 @@ def end_forward(model: nn.Module, args: Any, output: Any) -> None:
         if isinstance(layer, QuantLayer) and layer.batched_weight is not None:
             if torch.compiler.is_compiling():  # compiled graphs are not recomputed from here, and would keep it alive
                 layer.batched_weight = None
-            else:
-                layer.batched_weight.active = False
+            elif layer.batched_weight.forward.active:
+                layer.batched_weight.forward.active = False
+                return  # one for all its layers: no need to walk through the rest of the model
 
 
 def attach(model: nn.Module) -> None:

@@ -214,7 +214,7 @@ class Trainer:
         groups = param_groups(self.model, phase.lr, phase.weight_decay, phase.interval_lr_mult)
         optim = self.recipe.optim
         self.optimizer = torch.optim.SGD(
-            groups, lr=phase.lr, momentum=optim.momentum, nesterov=optim.nesterov and optim.momentum > 0, foreach=True
+            groups, lr=phase.lr, momentum=optim.momentum, nesterov=optim.nesterov and optim.momentum > 0, fused=True
         )
         steps = phase.epochs * (len(self.data.train) // optim.accumulate)
         if self.recipe.ema.enabled:

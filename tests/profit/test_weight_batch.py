@@ -51,7 +51,7 @@ def count_calls(model, x):
     seen = {"batched": 0}
 
     def look(module, args):
-        seen["batched"] += module.batched_weight is not None and module.batched_weight.active
+        seen["batched"] += module.batched_weight is not None and module.batched_weight.forward.active
 
     handles = [layer.register_forward_pre_hook(look) for layer in quant_layers(model).values()]
     model(x)
