@@ -33,7 +33,7 @@ STABLE_TORCH_LIBRARY(profit_cpu, m) {
   m.def(
       "aiwq_depthwise(Tensor x, Tensor y_new, Tensor weight_old, Tensor? bias, int[] stride, int[] padding,"
       " int[] dilation, float pad_value, Tensor? a_x, Tensor? c_x, int? act_bits, bool is_signed, float offset,"
-      " int activation, float eps) -> Tensor");
+      " int activation, float eps, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta) -> Tensor");
   m.def("block_moments(Tensor x, float eps) -> (Tensor mean, Tensor var, Tensor invstd)");
   m.def(
       "block_input(Tensor x, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor? a, Tensor? c, int? bits,"
@@ -54,7 +54,8 @@ STABLE_TORCH_LIBRARY(profit_cpu, m) {
   m.def(
       "aiwq_update(Tensor x, Tensor y_new, Tensor weight_old, Tensor weight_new, Tensor? bias, int[] stride,"
       " int[] padding, int[] dilation, int groups, float pad_value, Tensor? a_x, Tensor? c_x, int? act_bits,"
-      " bool is_signed, float offset, int activation, float eps) -> Tensor?");
+      " bool is_signed, float offset, int activation, float eps, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta)"
+      " -> Tensor?");
   m.def("isa() -> int");
   m.def("limit_isa(int level) -> int");
 }

@@ -110,7 +110,6 @@ class AIWQMonitor:
         if self._sampling():
             layer = self._layers[name]
             measure = _original_kl if self.mode == "original" else partial(_corrected, self.pooled)
-            x = layer.after_norm(x)
             previous = self._previous[name].to(layer.weight.device)
             self._pending.append((index, measure(layer, x, y_new, previous, self._captured.get(name))))
 
@@ -294,8 +293,13 @@ def _corrected(
     """KL [C], or moments [5, C], with the layer's own padding; the operator quantizes the raw input itself where it can."""
     quantizer: InputQuantizer = layer.input_quantizer
     settings: dict[str, Any] = {}
-    if quantizer.is_duq and layer.padding_mode == "zeros":
-        settings = {"activation": quantizer.activation, "padding": layer.padding4(x), "pad_value": layer.pad_value}
+    fused = quantizer.is_duq and layer.padding_mode == "zeros"
+    if fused and layer.norm is not None and not moments:
+        settings["norm"] = layer.norm.settings()
+    else:
+        x = layer.after_norm(x)
+    if fused:
+        settings |= {"activation": quantizer.activation, "padding": layer.padding4(x), "pad_value": layer.pad_value}
         if quantizer.bits is not None:
             settings |= {"a_x": quantizer.a, "c_x": quantizer.c, "act_bits": quantizer.bits}
             settings |= {"signed": quantizer.signed, "offset": quantizer.offset}
@@ -315,7 +319,7 @@ def _original_kl(
     layer: QuantConv2d, x: Tensor, y_new: Tensor, weight_old: Tensor, weight_new: Tensor | None
 ) -> Tensor:
     """Mean KL [1] over the channels that vary, the old output zero-padded whatever the layer does."""
-    x = F.pad(layer.input_quantizer(x), layer.padding4(x))
+    x = F.pad(layer.input_quantizer(layer.after_norm(x)), layer.padding4(x))
     y_old = F.conv2d(x, weight_old.to(x.dtype), layer.bias, layer.stride, 0, layer.dilation, layer.groups)
     kl = aiwq_kl(y_new, y_old, eps=0.0)
     dead = (_deviation(y_new) == 0) | (_deviation(y_old) == 0)

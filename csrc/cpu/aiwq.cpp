@@ -117,14 +117,16 @@ Tensor aiwq_depthwise(
     Tensor x, Tensor y_new, Tensor weight_old, std::optional<Tensor> bias, std::vector<int64_t> stride,
     std::vector<int64_t> padding, std::vector<int64_t> dilation, double pad_value, std::optional<Tensor> a_x,
     std::optional<Tensor> c_x, std::optional<int64_t> act_bits, bool is_signed, double offset, int64_t activation,
-    double eps) {
+    double eps, std::optional<Tensor> mean, std::optional<Tensor> invstd, std::optional<Tensor> gamma,
+    std::optional<Tensor> beta) {
   const Geometry g = geometry(x, weight_old, stride, padding, dilation);
   check_output(y_new);
   STD_TORCH_CHECK(
       y_new.size(0) == g.images && y_new.size(1) == g.channels() && y_new.size(2) == g.out_height &&
           y_new.size(3) == g.out_width,
       "aiwq: y_new must have the shape of the layer's output");
-  const InputSide input("aiwq", Front(x.size(1)), a_x, c_x, act_bits, is_signed, offset, activation);
+  const InputSide input(
+      "aiwq", Front(x.size(1), mean, invstd, gamma, beta), a_x, c_x, act_bits, is_signed, offset, activation);
   const Plan plan(g, g.out_height, g.height * g.width);
   const auto type = y_new.scalar_type();
   const std::vector<float> w = pack(weight_old, type, plan, g.taps());

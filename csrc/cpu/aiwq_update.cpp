@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
 
 #include "aiwq.h"
 #include "aiwq_update.h"
@@ -188,6 +189,8 @@ void pointwise(const Layer& layer, const std::vector<int64_t>& stride, Moments& 
             y_old + o * kTile, gathered + (c - group) * kTile, layer.update.alpha[c], layer.rest_of_bias(c), kTile);
       }
       held = -1;
+      std::array<float, kGroup> scale, offset;  // of one channel's BatchNorm, beside 16 of its pixels
+      const FrontLanes lanes{scale.data(), offset.data(), nullptr};
       for (int64_t j = 0; j < in_channels; ++j) {
         if (taps[j].empty()) {
           continue;
@@ -197,8 +200,10 @@ void pointwise(const Layer& layer, const std::vector<int64_t>& stride, Moments& 
           layer.kernels.gather(x_at, n, group, std::min(kBlock, in_channels - group), in.c, gathered);
           held = group;
         }
+        scale.fill(layer.input.front.alpha[j]);
+        offset.fill(layer.input.front.shift[j]);
         layer.kernels.quantize(
-            {gathered + (j - group) * kTile, 0, kGroup}, {q, 0, kGroup}, columns, 1, layer.input.quantizer, {});
+            {gathered + (j - group) * kTile, 0, kGroup}, {q, 0, kGroup}, columns, 1, layer.input.quantizer, lanes);
         layer.kernels.add_taps(y_old, q, taps[j].data(), taps[j].size());
       }
       double* into = sums.data() + first / kPixels * count * 2;
@@ -229,7 +234,8 @@ std::optional<Tensor> aiwq_update(
     Tensor x, Tensor y_new, Tensor weight_old, Tensor weight_new, std::optional<Tensor> bias,
     std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups,
     double pad_value, std::optional<Tensor> a_x, std::optional<Tensor> c_x, std::optional<int64_t> act_bits,
-    bool is_signed, double offset, int64_t activation, double eps) {
+    bool is_signed, double offset, int64_t activation, double eps, std::optional<Tensor> mean, std::optional<Tensor> invstd,
+    std::optional<Tensor> gamma, std::optional<Tensor> beta) {
   check_output(y_new);
   STD_TORCH_CHECK(
       x.dim() == 4 && x.scalar_type() == ScalarType::Float && y_new.scalar_type() == ScalarType::Float,
@@ -248,8 +254,9 @@ std::optional<Tensor> aiwq_update(
   const int64_t channels = weight_old.size(0);
   const Tensor w_new = plain(weight_new), w_old = plain(weight_old);
   const std::vector<float> b = bias.has_value() ? values<float>(*bias) : std::vector<float>(channels, 0.0f);
-  const InputSide input("aiwq", Front(x.size(1)), a_x, c_x, act_bits, is_signed, offset, activation);
-  const Wanted wanted = {input.quantized, false, false};
+  const InputSide input(
+      "aiwq", Front(x.size(1), mean, invstd, gamma, beta), a_x, c_x, act_bits, is_signed, offset, activation);
+  const Wanted wanted = {input.quantized, input.front.present, false};
   if (!is_depthwise && is_wide(x, weight_old, stride)) {
     const RowKernels kernels = row_kernels(ScalarType::Float, wanted, input.activation, input.quantizer, {1, 1, 1, 1});
     const auto [fresh, old] = wide_moments(

@@ -58,13 +58,17 @@ std::pair<Moments, Moments> wide_moments(
   const std::vector<Run> runs = runs_of(x, rows);
   const int64_t count = runs.size(), parts = std::min(kParts, count);
 
+  std::vector<float> alpha = input.front.alpha, offset = input.front.shift;
+  alpha.resize(width, 0.0f);
+  offset.resize(width, 0.0f);
+  const FrontLanes lanes{alpha.data(), offset.data(), nullptr};
   const auto quantize = [&](const Run& run, float* loaded, float* q) {
     ConstLanes from{reinterpret_cast<const float*>(run.at), kGroup, rows.w};
     if (rows.c != 1 || inputs != width) {
       kernels.load(run.at, rows.strides(), loaded, run.n, inputs, groups, 1);
       from = {loaded, run.n * kGroup, kGroup};
     }
-    kernels.quantize(from, {q, run.n * kGroup, kGroup}, run.n, groups, input.quantizer, {});
+    kernels.quantize(from, {q, run.n * kGroup, kGroup}, run.n, groups, input.quantizer, lanes);
   };
 
   // About the mean of the first run, so that float32 products lose nothing to a common offset.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -75,9 +77,14 @@ class DeferredBatchNorm(StandIn):
 
     def preview(self, x: Tensor) -> Tensor:
         """BatchNorm of x as the reader computes it, without gradient and with no statistics changed."""
-        return block_batch_norm(
-            x, self.weight, self.bias, self.running_mean, self.running_var, training=self.uses_batch, eps=self.eps
-        )
+        return block_batch_norm(x, **self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `block_batch_norm` with which it is computed now."""
+        return {
+            "bn_weight": self.weight, "bn_bias": self.bias, "running_mean": self.running_mean,
+            "running_var": self.running_var, "training": self.uses_batch, "eps": self.eps,
+        }  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, deferred"

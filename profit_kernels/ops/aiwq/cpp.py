@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import native
+from ..block import cpp as block_cpp
+from ..block.reference import Norm, Quantizer
 from ..depthwise.reference import pad
-from ..duq import cpp as duq_cpp
-from ..duq.reference import ACTIVATIONS, activate
+from ..duq.reference import ACTIVATIONS
 
 
 def kl(y_new: Tensor, y_old: Tensor, eps: float) -> Tensor:
@@ -26,27 +27,28 @@ def kl(y_new: Tensor, y_old: Tensor, eps: float) -> Tensor:
 def conv_kl(
     x: Tensor, y_new: Tensor, weight_old: Tensor, bias: Tensor | None, stride: list[int], pads: list[int], dilation: list[int],
     groups: int, pad_value: float, a_x: Tensor | None, c_x: Tensor | None, act_bits: int | None, signed: bool, offset: float,
-    activation: str, eps: float, weight_new: Tensor | None = None,
+    activation: str, eps: float, weight_new: Tensor | None = None, norm: Norm | None = None,
 ) -> Tensor:  # fmt: skip
-    """KL of y_new from the output under the old weight; see reference.conv_kl. weight_new: what gave y_new, if known."""
+    """KL of y_new from the output under the old weight; see reference.conv_kl.
+
+    weight_new: what gave y_new, if known. norm: the BatchNorm in front of the activation.
+    """
     native.load()
     dtype = y_new.dtype
+    front = (None,) * 4 if norm is None else (norm.mean, norm.invstd, norm.gamma, norm.beta)
     if weight_new is not None and x.dtype == dtype == torch.float32 and _is_simple(x, weight_old, pads, groups):
         found = torch.ops.profit_cpu.aiwq_update(
             x, y_new, weight_old, weight_new, bias, stride, pads, dilation, groups, pad_value,
-            a_x, c_x, act_bits, signed, offset, ACTIVATIONS.index(activation), eps,
+            a_x, c_x, act_bits, signed, offset, ACTIVATIONS.index(activation), eps, *front,
         )  # fmt: skip
         if found is not None:
             return found
     if groups == x.shape[1] and weight_old.shape[1] == 1 and x.dim() == 4:
         return torch.ops.profit_cpu.aiwq_depthwise(
             x, y_new, weight_old, bias, stride, pads, dilation, pad_value,
-            a_x, c_x, act_bits, signed, offset, ACTIVATIONS.index(activation), eps,
+            a_x, c_x, act_bits, signed, offset, ACTIVATIONS.index(activation), eps, *front,
         )  # fmt: skip
-    if act_bits is None:
-        qx = activate(x.float(), activation).to(x.dtype).to(dtype)
-    else:
-        qx = duq_cpp.forward(x, a_x, c_x, act_bits, signed, offset, activation).to(dtype)
+    qx = block_cpp.quantized_input(x, norm, Quantizer(a_x, c_x, act_bits, signed, offset, activation)).to(dtype)
     weight_old, bias = weight_old.to(dtype), None if bias is None else bias.to(dtype)
     y_old = F.conv2d(pad(qx, pads, pad_value), weight_old, bias, stride, 0, dilation, groups)
     return kl(y_new, y_old, eps)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import checks, dispatch
+from ..block.op import block_batch_norm
+from ..block.reference import Norm, normalize
+from ..block.statistics import check_norm, statistics
 from . import cpp
 
 EPS = 1e-12  # added to both variances; far below that of a live channel, enough for a dead one to give 0 and not NaN
@@ -17,7 +21,7 @@ torch.library.define(
     "profit_kernels::aiwq_conv2d",
     "(Tensor x, Tensor y_new, Tensor weight_old, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
     "float pad_value, Tensor? a_x, Tensor? c_x, int? act_bits, bool signed, float offset, str activation, float eps, "
-    "*, Tensor? weight_new=None) -> Tensor",
+    "*, Tensor? weight_new=None, Tensor? mean=None, Tensor? invstd=None, Tensor? gamma=None, Tensor? beta=None) -> Tensor",
 )
 
 
@@ -44,12 +48,18 @@ def _kl(y_new, y_old, eps):
 
 
 @torch.library.impl("profit_kernels::aiwq_conv2d", "default")
-def _conv_kl(x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest, weight_new=None):
+def _conv_kl(
+    x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest,
+    weight_new=None, mean=None, invstd=None, gamma=None, beta=None,
+):  # fmt: skip
     limits = {"triton": _beyond_triton(x, weight_old, padding, groups)}
+    norm = None if mean is None else Norm(mean, invstd, gamma, beta, of_batch=True)
     with torch.no_grad():
         backend = dispatch.serving(__package__, "aiwq_conv", _wider(x, y_new), limits)
-        # Only the C++ kernels know how to use it.
-        known = {"weight_new": weight_new} if backend is cpp else {}
+        # Only the C++ kernels know how to use these.
+        known = {"weight_new": weight_new, "norm": norm} if backend is cpp else {}
+        if norm is not None and not known:
+            x = normalize(x, norm)
         return backend.conv_kl(x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest, **known)
 
 
@@ -59,7 +69,7 @@ def _(y_new, y_old, eps):
 
 
 @torch.library.register_fake("profit_kernels::aiwq_conv2d")
-def _(x, y_new, *rest, weight_new=None):
+def _(x, y_new, *rest, **more):
     return y_new.new_empty(y_new.shape[1], dtype=torch.float32)
 
 
@@ -100,6 +110,7 @@ def aiwq_conv2d(
     activation: str = "none",
     eps: float = EPS,
     weight_new: Tensor | None = None,
+    norm: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """KL of a layer's output from what the same input gives with its previous quantized weight.
 
@@ -111,6 +122,8 @@ def aiwq_conv2d(
         pad_value: the layer's own border, -0.375 behind an h-swish quantizer.
         a_x, c_x, act_bits, signed, offset, activation: of the input quantizer; act_bits None means act(x) alone.
         weight_new: the quantized weight that gave y_new, if known; a kernel then computes only what the update changed.
+        norm: the BatchNorm that the layer applies to x in front of the activation, as the arguments of `block_batch_norm` by
+            name (bn_weight, bn_bias, running_mean, running_var, training, eps); None: there is none. Nothing is changed in it.
 
     Returns: [C_out], float32, no gradient; unclamped. NaN as aiwq_kl.
     Raises: ValueError for arguments out of their range.
@@ -129,7 +142,21 @@ def aiwq_conv2d(
                 f"{op}: both weights must have one shape, got {tuple(weight_new.shape)} and {tuple(weight_old.shape)}"
             )
         weight_new = weight_new.detach()
+    x, constants = x.detach(), {}
+    if norm is not None and dispatch.choose("block", x) == "reference":
+        x = block_batch_norm(x, **norm)  # the layer's own, to the bit: another order of roundings would turn codes over
+    elif norm is not None:
+        constants = _constants(x, **norm)
     return torch.ops.profit_kernels.aiwq_conv2d(
-        x.detach(), y_new.detach(), weight_old.detach(), bias, *geometry, groups, pad_value,
-        a_x, c_x, act_bits, signed, offset, activation, eps, weight_new=weight_new,
+        x, y_new.detach(), weight_old.detach(), bias, *geometry, groups, pad_value,
+        a_x, c_x, act_bits, signed, offset, activation, eps, weight_new=weight_new, **constants,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def _constants(x, bn_weight, bn_bias, running_mean, running_var, *, training, eps=1e-5) -> dict[str, Tensor | None]:
+    """What a kernel needs of a BatchNorm: its statistics and its parameters."""
+    check_norm("aiwq_conv2d", x, bn_weight, bn_bias, running_mean, running_var, training)
+    mean, invstd = statistics(x, running_mean, running_var, training, None, eps)
+    parameters = (None if t is None else t.detach() for t in (bn_weight, bn_bias))
+    return dict(zip(("mean", "invstd", "gamma", "beta"), (mean, invstd, *parameters), strict=True))
