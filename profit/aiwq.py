@@ -295,7 +295,7 @@ def _corrected(
     settings: dict[str, Any] = {}
     fused = quantizer.is_duq and layer.padding_mode == "zeros"
     if fused and layer.norm is not None and not moments:
-        settings["norm"] = layer.norm.settings()
+        settings["norm"] = layer.norm.settings() | {"statistics": layer.norm.latest}
     else:
         x = layer.after_norm(x)
     if fused:

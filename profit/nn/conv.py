@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -172,10 +173,14 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         if norm is None:
             return duq_conv2d(x, *quantized, **settings)
         momentum = norm.count_batch()
-        return block_conv2d(
+        record: list[tuple[Tensor, Tensor]] = []
+        y = block_conv2d(
             x, norm.weight, norm.bias, *norm.running(), *quantized, training=norm.uses_batch, momentum=momentum,
-            eps=norm.eps, **settings,
+            eps=norm.eps, record=record, **settings,
         )  # fmt: skip
+        if not torch.compiler.is_compiling():  # a compiled graph would have to return them
+            norm.latest = record[0] if record else None
+        return y
 
     def _fused_depthwise(self, x: Tensor) -> Tensor:
         q, w = self.input_quantizer, self.weight_quantizer

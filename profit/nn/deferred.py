@@ -75,6 +75,9 @@ class DeferredBatchNorm(StandIn):
         momentum = self.count_batch()
         return F.batch_norm(x, *self.running(), self.weight, self.bias, self.uses_batch, momentum, self.eps)
 
+    # (mean, 1 / sqrt(variance + eps)) of the reader's latest forward, where a kernel took them
+    latest: tuple[Tensor, Tensor] | None = None
+
     def preview(self, x: Tensor) -> Tensor:
         """BatchNorm of x as the reader computes it, without gradient and with no statistics changed."""
         return block_batch_norm(x, **self.settings())

@@ -123,7 +123,8 @@ def aiwq_conv2d(
         a_x, c_x, act_bits, signed, offset, activation: of the input quantizer; act_bits None means act(x) alone.
         weight_new: the quantized weight that gave y_new, if known; a kernel then computes only what the update changed.
         norm: the BatchNorm that the layer applies to x in front of the activation, as the arguments of `block_batch_norm` by
-            name (bn_weight, bn_bias, running_mean, running_var, training, eps); None: there is none. Nothing is changed in it.
+            name (bn_weight, bn_bias, running_mean, running_var, training, eps), and `statistics`, what block_conv2d recorded
+            of this x, or None. Nothing is changed in it.
 
     Returns: [C_out], float32, no gradient; unclamped. NaN as aiwq_kl.
     Raises: ValueError for arguments out of their range.
@@ -143,10 +144,12 @@ def aiwq_conv2d(
             )
         weight_new = weight_new.detach()
     x, constants = x.detach(), {}
-    if norm is not None and dispatch.choose("block", x) == "reference":
-        x = block_batch_norm(x, **norm)  # the layer's own, to the bit: another order of roundings would turn codes over
-    elif norm is not None:
-        constants = _constants(x, **norm)
+    if norm is not None:
+        known = {name: value for name, value in norm.items() if name != "statistics"}
+        if dispatch.choose("block", x) == "reference":
+            x = block_batch_norm(x, **known)  # the layer's own, to the bit: another order of roundings would turn codes over
+        else:
+            constants = _constants(x, norm.get("statistics"), **known)
     return torch.ops.profit_kernels.aiwq_conv2d(
         x, y_new.detach(), weight_old.detach(), bias, *geometry, groups, pad_value,
         a_x, c_x, act_bits, signed, offset, activation, eps, weight_new=weight_new, **constants,
@@ -154,9 +157,11 @@ def aiwq_conv2d(
 
 
 @torch.no_grad()
-def _constants(x, bn_weight, bn_bias, running_mean, running_var, *, training, eps=1e-5) -> dict[str, Tensor | None]:
-    """What a kernel needs of a BatchNorm: its statistics and its parameters."""
+def _constants(
+    x, of_x, bn_weight, bn_bias, running_mean, running_var, *, training, eps=1e-5
+) -> dict[str, Tensor | None]:
+    """What a kernel needs of a BatchNorm: its statistics (those of x, where known) and its parameters."""
     check_norm("aiwq_conv2d", x, bn_weight, bn_bias, running_mean, running_var, training)
-    mean, invstd = statistics(x, running_mean, running_var, training, None, eps)
+    mean, invstd = of_x or statistics(x, running_mean, running_var, training, None, eps)
     parameters = (None if t is None else t.detach() for t in (bn_weight, bn_bias))
     return dict(zip(("mean", "invstd", "gamma", "beta"), (mean, invstd, *parameters), strict=True))

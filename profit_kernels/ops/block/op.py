@@ -109,6 +109,7 @@ def block_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    record: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """conv2d(pad(duq(act(batch_norm(x)))), duq(weight)): one layer with the BatchNorm in front of it.
 
@@ -127,6 +128,8 @@ def block_conv2d(
         signed, offset, activation: of the input quantizer, as duq_fake_quantize takes them.
         pad_value: the border in units of the quantized input; None means `offset`, which is code 0.
         stride, dilation, padding, groups: of the convolution, padding as depthwise_conv2d takes it.
+        record: a list to which the statistics are appended, (mean, 1 / sqrt(variance + eps)), each [C], for whoever looks at
+            the same x again (aiwq_conv2d); nothing is where BatchNorm is torch's.
 
     Returns: [N, C_out, H_out, W_out] in the dtype of x (under autocast, in autocast's, to which x is taken first).
         BatchNorm's result stays in float32 on the way to the quantizer, also where x is in half precision.
@@ -145,6 +148,8 @@ def block_conv2d(
         v = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
         return _in_parts(v, weight, a_x, c_x, a_w, c_w, bias, weight_bits, settings, geometry)
     mean, invstd = statistics(x, running_mean, running_var, training, momentum, eps)
+    if record is not None:
+        record.append((mean, invstd))
     weight = _quantized_weight(weight, a_w, c_w, weight_bits)
     return _apply(
         x, mean, invstd, bn_weight, bn_bias, weight, a_x, c_x, bias, training, *settings, *geometry
