@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import checks, dispatch
+from ..block.autograd import is_plain
 from ..block.op import block_batch_norm
 from ..block.reference import Norm, normalize
 from ..block.statistics import check_norm, statistics
@@ -47,7 +48,6 @@ def _kl(y_new, y_old, eps):
         return dispatch.serving(__package__, "aiwq", _wider(y_new, y_old)).kl(y_new, y_old, eps)
 
 
-@torch.library.impl("profit_kernels::aiwq_conv2d", "default")
 def _conv_kl(
     x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest,
     weight_new=None, mean=None, invstd=None, gamma=None, beta=None,
@@ -61,6 +61,9 @@ def _conv_kl(
         if norm is not None and not known:
             x = normalize(x, norm)
         return backend.conv_kl(x, y_new, weight_old, bias, stride, padding, dilation, groups, *rest, **known)
+
+
+torch.library.impl("profit_kernels::aiwq_conv2d", "default", _conv_kl)
 
 
 @torch.library.register_fake("profit_kernels::aiwq_kl")
@@ -150,7 +153,8 @@ def aiwq_conv2d(
             x = block_batch_norm(x, **known)  # the layer's own, to the bit: another order of roundings would turn codes over
         else:
             constants = _constants(x, norm.get("statistics"), **known)
-    return torch.ops.profit_kernels.aiwq_conv2d(
+    operator = _conv_kl if is_plain(x) else torch.ops.profit_kernels.aiwq_conv2d
+    return operator(
         x, y_new.detach(), weight_old.detach(), bias, *geometry, groups, pad_value,
         a_x, c_x, act_bits, signed, offset, activation, eps, weight_new=weight_new, **constants,
     )  # fmt: skip
