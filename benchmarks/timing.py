@@ -144,6 +144,20 @@ def copy_call(numel: int, dtype: torch.dtype, device: str) -> Call:
     return Call(lambda _: target.copy_(source))
 
 
+def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one step, captured after three on a side stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
 def kept_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd keeps for the backward of `forward()`: each storage once, those of `parameters` left out."""
     excluded = {p.untyped_storage().data_ptr() for p in parameters}
