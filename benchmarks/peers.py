@@ -118,4 +118,5 @@ def check(peer: str, model: nn.Module, loss: Callable[[], Tensor]) -> str:
     model.zero_grad(set_to_none=True)
     if not bool(value.isfinite()) or not found or not all(bool(grad.isfinite().all()) for grad in found):
         raise WrongResult(f"wrong result: loss {value.item():.4g}, or a gradient that is not finite")
-    return f"{peer} {importlib.metadata.version(peer)}, own quantizer: loss {value.item():.4g} and {len(found)} gradients finite"
+    version = importlib.metadata.version(peer)
+    return f"{peer} {version}, own quantizer: loss {value.item():.4g} and {len(found)} gradients finite"

@@ -28,7 +28,8 @@ class Row:
     """One figure: seconds of one direction of one variant of one case; or, in `note`, why there is none.
 
     floor_s: the bytes that must move once over the copy bandwidth of the same run. kept_bytes: kept for the backward, without
-    parameters. peak_bytes: the peak of a call above what was in use before it. status: "ok", "skipped" (cannot run here) or "failed" (a wrong result, or a process that died).
+    parameters. peak_bytes: the peak of a call above what was in use before it. status: "ok", "skipped" (cannot run here) or
+    "failed" (a wrong result, or a process that died).
     """
 
     suite: str

@@ -243,6 +243,8 @@ def prepare(job: Job) -> Prepared:
 
 def backends_used(job: Job) -> str:
     """Which backends serve the operators of the step with the present choice, in words."""
+    if job.variant in peers.PEERS:
+        return "its own operators"
     served = sorted(set(dispatch.plan(job.device).values()))
     return ", ".join(served) if VARIANTS.get(job.variant, (True,))[0] else "full precision"
 
