@@ -12,7 +12,6 @@ SUITES = {
     "ops": "the operators, forward and backward, on the layer shapes of the networks",
     "step": "a whole training step of a network",
     "memory": "bytes kept for the backward, and the peak of a training step",
-    "plot": "a CSV and a picture of the JSON files that the suites above wrote",
     "plot": "CSV and picture of the JSON files that ops, step, memory and aiwq wrote",
     "aiwq": "what sampling AIWQ adds to a step, and its operator by layer",
     "launches": "kernel launches of a training step, counted without a GPU",

@@ -93,12 +93,12 @@ def draw_panel(axes, panel: Panel) -> None:
     values = [panel.measure.value(row) if row.status == OK else None for row in panel.rows]
     ends = []
     for i, (row, value) in enumerate(zip(panel.rows, values, strict=True)):
-        low, high = panel.measure.spread(row) or (value, value)
-        ends.append(0.0 if value is None else high)
+        spread = panel.measure.spread(row)
+        ends.append(0.0 if value is None else spread[1] if spread else value)
         if value is not None:
             axes.barh(i, value, height=0.72, color=colour(row.variant))
-            # the median of few samples may lie outside their interpolated fifths by rounding
-            axes.errorbar(value, i, xerr=[[max(value - low, 0)], [max(high - value, 0)]], color="black", capsize=2, lw=0.8)
+            if spread:
+                axes.errorbar(value, i, xerr=[[value - spread[0]], [spread[1] - value]], color="black", capsize=2, lw=0.8)
         axes.annotate(_label(row, value), (ends[-1], i), (4, 0), textcoords="offset points", va="center", fontsize=7)
     floors = [panel.measure.floor(row) for row in panel.rows if panel.measure.floor(row) is not None]
     if floors:
@@ -144,7 +144,7 @@ def plot(path: Path, content: dict[str, Any]) -> list[Path]:
     written = [path.with_suffix(".csv")]
     write_csv(content, written[0])
     found = panels(content)
-    heading = f"{content['suite']}: {content['device']}, {content['threads']} threads, commit {content['commit']}"
+    heading = f"{content['suite']}: {content['device']}, threads: {content['threads']}, commit {content['commit']}"
     pages = [found[i : i + PER_PICTURE] for i in range(0, len(found), PER_PICTURE)]
     for number, page in enumerate(pages, 1):
         written.append(path.with_name(f"{path.stem}{f'-{number}' if number > 1 else ''}.png"))
