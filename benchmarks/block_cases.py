@@ -65,8 +65,8 @@ def block(layer: Layer, dtype: torch.dtype, device: str) -> Case:
         wide = x.detach().float().requires_grad_()
         with pk.use_backend("reference"):
             y = block_of(wide)
-        gate(out, got, [y.to(dtype)], [g.to(leaf.dtype) for g, leaf in zip(
-            torch.autograd.grad(y, [wide, *leaves[1:]], grad.float()), leaves, strict=True)])  # fmt: skip
+        exact = torch.autograd.grad(y, [wide, *leaves[1:]], grad.float())
+        gate(out, got, [y.detach().to(dtype)], [g.to(leaf.dtype) for g, leaf in zip(exact, leaves, strict=True)])
 
     def norm() -> Tensor:
         return F.batch_norm(x, None, None, gamma, beta, True, 0.1, EPS)

@@ -1,8 +1,8 @@
 """Peak memory of one call: resident memory of the process on the CPU, torch's count on a GPU.
 
-Linux keeps the highest resident size of a process and forgets it on request (/proc/self/clear_refs, proc(5)). Memory that was
-freed and not yet returned would hide what a call needs, the more so with an allocator tuned to keep it; malloc_trim returns it
-first.
+Linux keeps the highest resident size of a process and forgets it on request (/proc/self/clear_refs, proc(5)), give or take
+some hundred kB: it counts per processor and adds up now and then. Memory that was freed and not yet returned would hide what
+a call needs, the more so with an allocator tuned to keep it; malloc_trim returns it first.
 """
 
 from __future__ import annotations
