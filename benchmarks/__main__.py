@@ -11,6 +11,8 @@ from importlib import import_module
 SUITES = {
     "ops": "the operators, forward and backward, on the layer shapes of the networks",
     "step": "a whole training step of a network",
+    "memory": "bytes kept for the backward, and the peak of a training step",
+    "plot": "CSV and picture of the JSON files that ops, step, memory and aiwq wrote",
     "aiwq": "what sampling AIWQ adds to a step, and its operator by layer",
     "launches": "kernel launches of a training step, counted without a GPU",
     "gpu": "`make gpu`: the GPU tests and the suites above within a time limit",
@@ -22,8 +24,8 @@ SUITES = {
     "figure6": "which quantizer represents the output of h-swish best (the paper's Figure 6)",
     "zoo": "which timm and torchvision models convert, and what still works on the converted model",
 }
-# Suites that measure time: they run in a process whose allocator is tuned (benchmarks/timing.py says why).
-TIMED = ("ops", "step", "aiwq")
+# Suites that measure time or memory: they run in a process whose allocator is tuned (benchmarks/timing.py says why).
+TIMED = ("ops", "step", "memory", "aiwq")
 _STARTED = "PROFIT_BENCHMARK_STARTED"
 
 

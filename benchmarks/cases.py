@@ -14,7 +14,8 @@ import profit_kernels as pk
 from profit.nn.quantizer import apply_activation, inverse_softplus
 from profit_kernels.ops.duq.reference import steps
 
-from . import gates, registry
+from . import gates, peers, registry
+from .process import WrongResult
 from .registry import KINDS, Layer
 
 BITS = 4
@@ -52,8 +53,8 @@ def backend_context(name: str, ops: Sequence[str]) -> Callable[[], contextlib.Ab
     return lambda: pk.use_backend(name, ops)
 
 
-def _ours(case: Case, ops: Sequence[str], forward: Forward, leaves: Sequence[Tensor], gate: Gate, device: str) -> None:
-    """auto, every backend that can serve the first of `ops`, and the reference in eager mode and compiled."""
+def add_ours(case: Case, ops: Sequence[str], forward: Forward, leaves: Sequence[Tensor], gate: Gate, device: str) -> None:
+    """Add auto, every backend that can serve the first of `ops`, and the reference in eager mode and compiled."""
     case.variants["auto"] = Variant(forward, leaves, backend_context("auto", pk.dispatch.OPS), gate)
     for backend in registry.backends(ops[0], device, case.dtype):
         served = [op for op in ops if backend in registry.backends(op, device, case.dtype)]
@@ -64,7 +65,8 @@ def _ours(case: Case, ops: Sequence[str], forward: Forward, leaves: Sequence[Ten
     case.variants["reference-compile"] = Variant(compiled, leaves, reference, gate, compiled=True)
 
 
-def _float(case: Case, forward: Forward, leaves: Sequence[Tensor]) -> None:
+def add_float(case: Case, forward: Forward, leaves: Sequence[Tensor]) -> None:
+    """Add the same layer in full precision, in eager mode and compiled."""
     case.variants["float-eager"] = Variant(forward, leaves)
     case.variants["float-compile"] = Variant(torch.compile(forward, dynamic=False), leaves, compiled=True)
 
@@ -98,9 +100,9 @@ def duq(shape: Sequence[int], kind: str, dtype: torch.dtype, device: str) -> Cas
         gates.relative_l2("the output", out[0], want_out[0], gates.RELATIVE[dtype])
         gates.gradients(("x", "a", "c"), got, want, grad)
 
-    _ours(case, ["duq"], lambda: [pk.duq_fake_quantize(x, a, c, **settings)], [x, a, c], gate, device)
+    add_ours(case, ["duq"], lambda: [pk.duq_fake_quantize(x, a, c, **settings)], [x, a, c], gate, device)
     if activation != "none":
-        _float(case, lambda: [apply_activation(x, activation)], [x])
+        add_float(case, lambda: [apply_activation(x, activation)], [x])
 
     s = steps(BITS, signed)
     low, high = (-s, s) if signed else (0, s)
@@ -115,7 +117,24 @@ def duq(shape: Sequence[int], kind: str, dtype: torch.dtype, device: str) -> Cas
         gates.one_step(out[0], want_out[0], c, BITS, signed)
 
     case.variants["torch-learnable"] = Variant(learnable, [x, scale, zero], gate=near)
+    for peer in peers.PEERS:
+        if peers.why_missing(peer) is None:
+            _add_peer(case, peer, x, activation, signed, device)
     return case
+
+
+def _add_peer(case: Case, peer: str, x: Tensor, activation: str, signed: bool, device: str) -> None:
+    """Activation and another library's quantizer, which need only be finite: it is not DuQ."""
+    quantizer = peers.quantizer(peer, device, signed)
+    for _ in range(3):  # Brevitas takes its first scale from data
+        quantizer(apply_activation(x, activation))
+
+    def finite(out, got, want_out, want) -> None:
+        if not all(bool(t.isfinite().all()) for t in (*out, *got)):
+            raise WrongResult(f"wrong result: {peer} gives a value that is not finite")
+
+    leaves = [x, *(p for p in quantizer.parameters() if p.requires_grad)]
+    case.variants[peer] = Variant(lambda: [quantizer(apply_activation(x, activation))], leaves, gate=finite)
 
 
 def weights(net: str, px: int, device: str) -> Case:
@@ -143,7 +162,7 @@ def weights(net: str, px: int, device: str) -> Case:
         return [pk.duq_fake_quantize(*triple, bits=BITS, signed=True) for triple in zip(ws, a, c, strict=True)]
 
     ops = ["duq_weights", "duq"] if "duq_weights" in pk.dispatch.OPS else ["duq"]
-    _ours(case, ops, together, leaves, gate, device)
+    add_ours(case, ops, together, leaves, gate, device)
     case.variants["auto, layer by layer"] = Variant(one_by_one, leaves, backend_context("auto", pk.dispatch.OPS), gate)
     return case
 
@@ -173,7 +192,7 @@ def depthwise(layer: Layer, dtype: torch.dtype, device: str) -> Case:
 
     intervals = (a, c, aw, cw) if weight_bits else (a, c, None, None)
     ops = ["duq_depthwise", "depthwise", "duq"]
-    _ours(case, ops, lambda: [pk.duq_depthwise_conv2d(x, w, *intervals, **geometry, **settings)], leaves, gate, device)
+    add_ours(case, ops, lambda: [pk.duq_depthwise_conv2d(x, w, *intervals, **geometry, **settings)], leaves, gate, device)
 
     def full_precision() -> list[Tensor]:
         h = apply_activation(x, layer.activation)
@@ -183,12 +202,13 @@ def depthwise(layer: Layer, dtype: torch.dtype, device: str) -> Case:
             h, border = F.pad(h, layer.padding), (0, 0)
         return [F.conv2d(h, w.to(dtype), None, layer.stride, border, groups=layer.groups)]
 
-    _float(case, full_precision, [x, w])
+    add_float(case, full_precision, [x, w])
     return case
 
 
 def makers(batch: int, px: int, device: str, dtypes: Sequence[str], toy: bool) -> Iterator[tuple[str, Callable[[], Case]]]:
     """(name of the group, a function that builds a case), in the order of their weight, one at a time for the memory."""
+    from .block_cases import block
     from .options import DTYPES, TOY_MODEL
 
     kinds = [DTYPES[name] for name in dtypes]
@@ -206,3 +226,6 @@ def makers(batch: int, px: int, device: str, dtypes: Sequence[str], toy: bool) -
     for layer in found:
         for dtype in kinds:
             yield "depthwise", lambda layer=layer, dtype=dtype: depthwise(layer, dtype, device)
+    for layer in found:
+        for dtype in kinds:
+            yield "block", lambda layer=layer, dtype=dtype: block(layer, dtype, device)

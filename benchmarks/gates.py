@@ -88,18 +88,23 @@ def kl(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
         raise WrongResult(f"wrong result: {' '.join(str(error).split())}") from None
 
 
-def gradient(what: str, actual: Tensor, expected: Tensor, grad: Tensor, of_interval: bool) -> None:
-    """Raise WrongResult unless a gradient agrees: that of an interval by its sum, any other by relative L2."""
+def gradient(
+    what: str, actual: Tensor, expected: Tensor, grad: Tensor, of_interval: bool, allowed: float | None = None
+) -> None:
+    """Raise WrongResult unless a gradient agrees: that of an interval by its sum, any other by relative L2, within `allowed`
+    (None: RELATIVE)."""
     if of_interval:
         interval(what, actual, expected, grad)
     else:
-        relative_l2(what, actual, expected, RELATIVE[grad.dtype])
+        relative_l2(what, actual, expected, RELATIVE[grad.dtype] if allowed is None else allowed)
 
 
-def gradients(names: Sequence[str], actual: Sequence[Tensor], expected: Sequence[Tensor], grad: Tensor) -> None:
+def gradients(
+    names: Sequence[str], actual: Sequence[Tensor], expected: Sequence[Tensor], grad: Tensor, allowed: float | None = None
+) -> None:
     """Gradients by name; those of intervals are called `a...` and `c...`."""
     for name, got, want in zip(names, actual, expected, strict=True):
-        gradient(f"the gradient of {name}", got, want, grad, name[0] in "ac")
+        gradient(f"the gradient of {name}", got, want, grad, name[0] in "ac", allowed)
 
 
 @contextlib.contextmanager

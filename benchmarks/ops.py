@@ -12,14 +12,16 @@ from torch import Tensor
 
 from profit_kernels import dispatch
 
-from . import gates, options
+from . import gates, options, peers
+from .block_cases import UNFUSED
 from .cases import Case, Variant, makers
 from .process import WrongResult
 from .rows import FAILED, SKIPPED, Report
 from .timing import Budget, Call, Spread, clock_for, copies, copy_call, interleaved, kept_bytes, why_no_compile
 
 VARIANTS = (
-    "auto", "reference-eager", "reference-compile", "float-eager", "float-compile", "torch-learnable", "auto, layer by layer",
+    "auto", "reference-eager", "reference-compile", "float-eager", "float-compile", "torch-learnable", *peers.PEERS,
+    "auto, layer by layer", UNFUSED,
 )  # fmt: skip
 DIRECTIONS = ("forward", "backward", "forward+backward")
 
@@ -116,7 +118,7 @@ def run(given, report: Report, build: Callable = makers) -> None:
 def main(argv: Sequence[str]) -> int:
     """Command line of the suite; returns the exit status."""
     parser = options.parser("ops", __doc__.splitlines()[0])
-    parser.add_argument("--group", nargs="+", choices=("duq", "weights", "depthwise"), help="only these operators")
+    parser.add_argument("--group", nargs="+", choices=("duq", "weights", "depthwise", "block"), help="only these operators")
     parser.add_argument("--dtype", nargs="+", choices=tuple(options.DTYPES), help="default: fp32 and bf16")
     parser.add_argument("--turn", type=float, default=0.05, metavar="SECONDS", help="length of a turn (default 0.05)")
     given = parser.parse_args(argv)
@@ -126,6 +128,9 @@ def main(argv: Sequence[str]) -> int:
     if wrong is not None:
         return options.refuse(wrong)
     torch.manual_seed(0)
+    for peer in peers.PEERS:
+        if (reason := peers.why_missing(peer)) is not None:
+            print(f"{peer}: {reason}")
     report = Report("ops", given.device, options.settings(given), given.json)
     run(given, report)
     if not any(row.variant != "copy" for row in report.rows):

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .peak import peak_bytes
 from .timing import Budget, Call, Spread, clock_for, kept_bytes, turn
 
 
@@ -38,7 +39,7 @@ class Prepared:
 
 
 def _serve(connection: Connection, prepare: Callable[[Any], Prepared], job: Any) -> None:
-    """The child: prepare, then answer ("turn", seconds, most) and ("kept",) until the parent hangs up."""
+    """The child: prepare, then answer ("turn", seconds, most), ("kept",) and ("peak",) until the parent hangs up."""
     try:
         prepared = prepare(job)
     except Unavailable as reason:
@@ -63,6 +64,11 @@ def _serve(connection: Connection, prepare: Callable[[Any], Prepared], job: Any)
             connection.send(turn(prepared.call, clock, *arguments))
             gc.enable()
             release(prepared.device)
+        elif message == "peak":
+            with prepared.call.context():
+                setup = prepared.call.setup()
+                peak = peak_bytes(lambda: prepared.call.run(setup), prepared.device, prepared.parameters)  # noqa: B023
+            connection.send(peak)
         else:
             with prepared.call.context():
                 count = None if prepared.forward is None else kept_bytes(prepared.forward, prepared.parameters)
@@ -83,6 +89,7 @@ class Outcome:
     note: str = ""
     spread: Spread | None = None
     kept_bytes: int | None = None
+    peak_bytes: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -126,7 +133,7 @@ class _Lost(Exception):
 def measure(
     prepare: Callable[[Any], Prepared], jobs: Mapping[str, Any], *, rounds: int, turn_s: float, most: int = 20,
     timeout_s: float = 1800.0, at_once: int = 1, say: Callable[[str], None] = lambda text: None,
-    budget: Budget | None = None,
+    budget: Budget | None = None, peak: bool = False,
 ) -> dict[str, Outcome]:  # fmt: skip
     """Time `prepare(job)` of every job in turn, `rounds` turns of `turn_s` seconds (at most `most` calls) each.
 
@@ -135,6 +142,8 @@ def measure(
         jobs: variant -> what `prepare` takes.
         timeout_s: for a child to prepare, and for a turn.
         at_once: how many children prepare at the same time; none is timed meanwhile.
+        rounds: 0 times nothing.
+        peak: measure the peak memory of a call, too (benchmarks/peak.py).
         budget: variants not prepared when it ends are skipped, and no further round begins after the first.
     """
     budget = budget or Budget(None)
@@ -169,9 +178,10 @@ def measure(
                     outcomes[name] = Outcome("failed", str(reason))
                     ready.pop(name).close()
         for name, child in ready.items():
-            outcomes[name].spread = Spread.of(samples[name])
+            outcomes[name].spread = Spread.of(samples[name]) if rounds else None
             try:
                 outcomes[name].kept_bytes = child.ask(timeout_s, "kept")
+                outcomes[name].peak_bytes = child.ask(timeout_s, "peak") if peak else None
             except _Lost as reason:
                 outcomes[name] = Outcome("failed", str(reason))
     finally:

@@ -28,7 +28,8 @@ class Row:
     """One figure: seconds of one direction of one variant of one case; or, in `note`, why there is none.
 
     floor_s: the bytes that must move once over the copy bandwidth of the same run. kept_bytes: kept for the backward, without
-    parameters. status: "ok", "skipped" (cannot run here) or "failed" (a wrong result, or a process that died).
+    parameters. peak_bytes: the peak of a call above what was in use before it. status: "ok", "skipped" (cannot run here) or
+    "failed" (a wrong result, or a process that died).
     """
 
     suite: str
@@ -44,6 +45,7 @@ class Row:
     min_s: float | None = None
     floor_s: float | None = None
     kept_bytes: int | None = None
+    peak_bytes: int | None = None
     status: str = OK
     note: str = ""
 
@@ -65,12 +67,13 @@ class Report:
 
     def add(
         self, case: str, variant: str, direction: str, spread: Spread | None = None, *, floor_s: float | None = None,
-        kept_bytes: int | None = None, status: str = OK, note: str = "",
+        kept_bytes: int | None = None, peak_bytes: int | None = None, status: str = OK, note: str = "",
     ) -> None:  # fmt: skip
-        """Append a row; without a spread it needs a status and a note that says why."""
+        """Append a row; without a spread and bytes it needs a status and a note that says why."""
         times = dict(zip(TIMES, astuple(spread), strict=True)) if spread is not None else {}
         place = (self.suite, case, variant, direction, self._device_name, self.version_text, self._commit)
-        self.rows.append(Row(*place, **times, floor_s=floor_s, kept_bytes=kept_bytes, status=status, note=note))
+        memory = {"kept_bytes": kept_bytes, "peak_bytes": peak_bytes}
+        self.rows.append(Row(*place, **times, floor_s=floor_s, **memory, status=status, note=note))
 
     @property
     def version_text(self) -> str:
@@ -135,7 +138,7 @@ def _milliseconds(seconds: float | None) -> str:
 def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text, case by case; `x auto`: time relative to the variant auto of that case and direction."""
     base = {(row.case, row.direction): row.median_s for row in rows if row.variant == "auto" and row.median_s}
-    head = ("variant", "direction", "ms", "p20", "p80", "min", "floor", "x floor", "x auto", "kept MB", "")
+    head = ("variant", "direction", "ms", "p20", "p80", "min", "floor", "x floor", "x auto", "kept MB", "peak MB", "")
     cells: list[tuple[str, ...] | str] = [head]
     case = None
     for row in rows:
@@ -149,7 +152,7 @@ def table(rows: Sequence[Row]) -> str:
                 "  " + row.variant, row.direction, *map(_milliseconds, (*(getattr(row, name) for name in TIMES), row.floor_s)),
                 "" if floors is None else f"{floors:.2f}",
                 f"{row.median_s / relative:.2f}" if relative and row.median_s else "",
-                "" if row.kept_bytes is None else f"{row.kept_bytes / 1e6:.1f}",
+                *("" if count is None else f"{count / 1e6:.1f}" for count in (row.kept_bytes, row.peak_bytes)),
                 row.note if row.status == OK else f"{row.status}: {row.note}",
             )
         )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,10 @@ from profit.nn import weight_batch
 from profit_kernels import dispatch, use_backend
 from profit_kernels.dispatch import set_backend
 
-from . import gates, nets, options
+from . import gates, nets, options, peers
 from .process import Prepared, Unavailable, WrongResult, measure
 from .rows import Report
-from .timing import Budget, Call, why_no_compile
+from .timing import Budget, Call, capture, why_no_compile
 
 # A network at 4 bits amplifies the last bit: a sum in another order flips a few codes in the next layer, these more codes
 # behind them, until after some layers the rounding noise is another one. So whole steps are compared by what that noise
@@ -58,6 +58,7 @@ VARIANTS = {
     "float-eager": (False, "reference", False, False),
     "float-compile": (False, "reference", True, False),
     "auto-graph": (True, "auto", False, True),
+    **{peer: (False, "reference", False, False) for peer in peers.PEERS},
     "auto-compile": (True, "auto", True, False),
 }
 
@@ -109,7 +110,8 @@ def build(job: Job, images: Tensor) -> nn.Module:
         if backend == "reference":
             profit.unfuse_(model)
         return model
-    return nets.create(job.model).to(job.device, memory_format=torch.channels_last).train()
+    model = nets.create(job.model).to(job.device, memory_format=torch.channels_last).train()
+    return peers.network(job.variant, model) if job.variant in peers.PEERS else model
 
 
 def loss_of(model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
@@ -131,7 +133,9 @@ def summary(
 
 
 def check(job: Job, model: nn.Module, run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> str:
-    """Compare a variant with the eager reference; what was compared, in words. Raises WrongResult."""
+    """Compare a variant with the eager reference (a peer: see peers.py); what was compared, in words. Raises WrongResult."""
+    if job.variant in peers.PEERS:
+        return peers.check(job.variant, model, lambda: loss_of(run, images, labels, job.dtype)[0])
     twin = copy.deepcopy(model)
     layers = profit.quant_layers(twin) if run is model else {}
     with use_backend("reference"):
@@ -237,28 +241,26 @@ def prepare(job: Job) -> Prepared:
     )  # fmt: skip
 
 
-def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of one step, captured after three on a side stream."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
-
-
 def backends_used(job: Job) -> str:
     """Which backends serve the operators of the step with the present choice, in words."""
+    if job.variant in peers.PEERS:
+        return "its own operators"
     served = sorted(set(dispatch.plan(job.device).values()))
     return ", ".join(served) if VARIANTS.get(job.variant, (True,))[0] else "full precision"
 
 
 def case_name(model: str, given: Any, dtype: str) -> str:
     return f"{model} batch {given.batch}, {given.size} px, {dtype}"
+
+
+def cases(given: Any, known: Sequence[str]) -> Iterator[tuple[str, dict[str, Job]]]:
+    """(name, variant -> job) of every network and dtype that --filter leaves."""
+    for model in given.model:
+        for dtype in given.dtype:
+            case = case_name(model, given, dtype)
+            if given.filter in case:
+                place = (model, given.batch, given.size, given.device, dtype, torch.get_num_threads())
+                yield case, {name: Job(name, *place) for name in options.chosen(given, known)}
 
 
 def run_case(
@@ -289,15 +291,8 @@ def main(argv: Sequence[str]) -> int:
         return options.refuse(wrong)
     report = Report("step", given.device, options.settings(given), given.json)
     budget = Budget(given.budget)
-    for model in given.model:
-        for dtype in given.dtype:
-            case = case_name(model, given, dtype)
-            if given.filter in case:
-                jobs = {
-                    name: Job(name, model, given.batch, given.size, given.device, dtype, torch.get_num_threads())
-                    for name in options.chosen(given, known)
-                }
-                run_case(report, case, jobs, given, budget)
+    for case, jobs in cases(given, known):
+        run_case(report, case, jobs, given, budget)
     if not report.rows:
         return options.refuse("nothing to measure: no case and variant is left by --filter and --variants")
     return report.finish()

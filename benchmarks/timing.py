@@ -21,29 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# glibc's defaults unmap every large activation and fault it in again; measured untuned, the allocator decides every
-# comparison. Never map, never trim: freed memory is used again.
-TUNABLES = {
-    "glibc.malloc.mmap_max": "0",
-    "glibc.malloc.trim_threshold": str(1 << 45),
-    "glibc.malloc.top_pad": str(1 << 28),
-}
+from profit.train.allocator import chosen, tunables
 
 
 def tuned_environment() -> dict[str, str]:
-    """The environment of a measuring process: the allocator tuned, unless the user has chosen one already."""
-    if allocator() != _DEFAULT:
-        return dict(os.environ)
-    return {**os.environ, "GLIBC_TUNABLES": ":".join(f"{key}={value}" for key, value in TUNABLES.items())}
-
-
-_DEFAULT = "the system's default, untuned"
+    """The environment of a measuring process: the allocator tuned, unless the user has chosen one already. Untuned, the
+    allocator decides every comparison (profit/train/allocator.py says why)."""
+    return dict(os.environ) if chosen() else {**os.environ, "GLIBC_TUNABLES": tunables()}
 
 
 def allocator() -> str:
     """How memory is allocated in this process, in words."""
-    found = [f"{name}={os.environ[name]}" for name in ("GLIBC_TUNABLES", "LD_PRELOAD") if os.environ.get(name)]
-    return ", ".join(found) or _DEFAULT
+    return chosen() or "the system's default, untuned"
 
 
 @dataclass(frozen=True)
@@ -142,6 +131,20 @@ def copy_call(numel: int, dtype: torch.dtype, device: str) -> Call:
     """A copy of one tensor: 2 * numel elements moved, the measure of every floor."""
     source, target = torch.zeros(numel, dtype=dtype, device=device), torch.zeros(numel, dtype=dtype, device=device)
     return Call(lambda _: target.copy_(source))
+
+
+def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of one step, captured after three on a side stream."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
 
 
 def kept_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> int:

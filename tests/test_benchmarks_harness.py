@@ -239,7 +239,7 @@ def test_rows_have_the_agreed_keys_and_a_table():
     report.add("case", "reference-eager", "forward", Spread(3e-3, 3e-3, 3e-3, 3e-3))
     report.add("case", "cuda", "forward", status=SKIPPED, note="no kernels")
     content = report.to_dict()
-    assert set(content["rows"][0]) == ROW_KEYS | {"min_s", "status", "note"}
+    assert set(content["rows"][0]) == ROW_KEYS | {"min_s", "peak_bytes", "status", "note"}
     assert Row(**content["rows"][0]) == report.rows[0]
     assert {"allocator", "threads", "command", "created", "device", "versions", "commit"} <= set(content)
     lines = table(report.rows).splitlines()

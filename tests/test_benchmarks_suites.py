@@ -18,6 +18,7 @@ from benchmarks.__main__ import main
     ("arguments", "message"),
     [
         (["step", "--model", "mobilenetv9"], "'mobilenetv9'"),
+        (["memory", "--model", "mobilenetv9"], "'mobilenetv9'"),
         (["step", "--variants", "fast"], "'fast' is not one of auto"),
         (["ops", "--device", "cuda"], "torch finds no CUDA GPU"),
         (["ops", "--toy", "--filter", "nothing of that name", "--group", "weights"], "nothing to measure"),
@@ -66,7 +67,7 @@ def test_ops_at_toy_size(tmp_path, capfd, compiled_triton):
     path = tmp_path / "ops.json"
     assert main(["ops", "--toy", "--json", str(path), "--device", "cpu"]) == 0
     found = variants(path, "ops")
-    assert {case.split()[0] for case in found} == {"duq", "weights", "depthwise"}
+    assert {case.split()[0] for case in found} == {"duq", "weights", "depthwise", "block"}
     assert all({"auto", "reference-eager", "copy"} <= names for names in found.values())
     assert "torch-learnable" in next(names for case, names in found.items() if case.startswith("duq hardswish"))
     assert "allocator: GLIBC_TUNABLES" in capfd.readouterr().out

@@ -71,6 +71,14 @@ def test_train_evaluate_report(recipe, tmp_path, capsys) -> None:
     assert main(["train", folder, "-q", "--resume"]) == 0
 
 
+def test_the_allocator_is_tuned_on_request_alone(recipe, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("profit.train.allocator.tune_allocator", lambda: "allocator: tuned")
+    assert main(["train", recipe, "--out", str(tmp_path / "a"), "-q", *SHORT]) == 0
+    assert "allocator:" not in capsys.readouterr().out
+    assert main(["train", recipe, "--out", str(tmp_path / "b"), "-q", "--tune-allocator", *SHORT]) == 0
+    assert capsys.readouterr().out.startswith("allocator: tuned\n")
+
+
 def test_doctor(capsys) -> None:
     assert main(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out
