@@ -60,6 +60,7 @@ VARIANTS = {
     "auto-graph": (True, "auto", False, True),
     **{peer: (False, "reference", False, False) for peer in peers.PEERS},
     "auto-compile": (True, "auto", True, False),
+    "auto-frozen": (True, "auto", False, False),  # the last stage of PROFIT but one: 2/3 of the convolutions
 }
 
 
@@ -200,6 +201,19 @@ def check_layers(model: nn.Module, layers: Mapping[str, nn.Module], images: Tens
         handle.remove()
 
 
+def freeze_two_thirds(model: nn.Module, images: Tensor, labels: Tensor, dtype: str) -> int:
+    """Freeze 2/3 of the ranked convolutions as a run does, by the AIWQ of a few steps; how many."""
+    optimizer = torch.optim.SGD(profit.param_groups(model, lr=1e-3, weight_decay=0.0))
+    with profit.AIWQMonitor(model) as monitor:
+        for _ in range(4):
+            optimizer.zero_grad(set_to_none=True)
+            loss_of(model, images, labels, dtype)[0].backward()
+            optimizer.step()
+            monitor.step()
+    model.zero_grad(set_to_none=True)
+    return len(profit.ProgressiveFreezer(model, monitor.scores(), stages=3).apply(2))
+
+
 def prepare(job: Job) -> Prepared:
     """Build, check and warm one variant; runs in its process."""
     torch.set_num_threads(job.threads)
@@ -216,6 +230,8 @@ def prepare(job: Job) -> Prepared:
 
     with context():
         note = f"{backends_used(job)}; {check(job, model, run, images, labels)}"
+        if job.variant == "auto-frozen":
+            note += f", {freeze_two_thirds(model, images, labels, job.dtype)} layers frozen"
         groups = profit.param_groups(model, lr=1e-4, weight_decay=4e-5)
         # fused, as the trainer has it: torch's other ways spend 5 ms in Python on 158 tensors, and more on more
         optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=True)
