@@ -202,7 +202,10 @@ def check_layers(model: nn.Module, layers: Mapping[str, nn.Module], images: Tens
 
 
 def freeze_two_thirds(model: nn.Module, images: Tensor, labels: Tensor, dtype: str) -> int:
-    """Freeze 2/3 of the ranked convolutions as a run does, by the AIWQ of a few steps; how many."""
+    """Freeze 2/3 of the ranked convolutions as a run does, by the AIWQ of a few steps; how many.
+
+    With their intervals: these need the weight's gradient just as the weight does, so that "weights" alone saves nothing.
+    """
     optimizer = torch.optim.SGD(profit.param_groups(model, lr=1e-3, weight_decay=0.0))
     with profit.AIWQMonitor(model) as monitor:
         for _ in range(4):
@@ -211,7 +214,7 @@ def freeze_two_thirds(model: nn.Module, images: Tensor, labels: Tensor, dtype: s
             optimizer.step()
             monitor.step()
     model.zero_grad(set_to_none=True)
-    return len(profit.ProgressiveFreezer(model, monitor.scores(), stages=3).apply(2))
+    return len(profit.ProgressiveFreezer(model, monitor.scores(), stages=3, freeze="weights+intervals").apply(2))
 
 
 def prepare(job: Job) -> Prepared:

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 
 #include "aiwq.h"
@@ -33,32 +34,54 @@ struct Update {
   std::vector<float> delta;
 
   Update(const Tensor& fresh, const Tensor& old, const RowKernels& kernels)
-      : taps(fresh.numel() / std::max<int64_t>(1, fresh.size(0))), changed(fresh.size(0), 0), place(fresh.size(0), -1) {
+      : taps(fresh.numel() / std::max<int64_t>(1, fresh.size(0))),
+        alpha(fresh.size(0)),
+        changed(fresh.size(0), 0),
+        place(fresh.size(0), -1) {
     const float *w_new = static_cast<const float*>(fresh.const_data_ptr());
     const float *w_old = static_cast<const float*>(old.const_data_ptr());
-    const auto ratio = [&](int64_t at, int64_t n) {
-      const float a = kernels.largest(w_new + at, n), b = kernels.largest(w_old + at, n);
-      return a > 0 && b > 0 ? b / a : 1.0f;
-    };
+    const int64_t channels = changed.size(), grain = ceil_div(1 << 15, std::max<int64_t>(1, taps));
+    std::vector<float> largest_new(channels), largest_old(channels);
+    torch::stable::parallel_for(0, channels, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        largest_new[c] = kernels.largest(w_new + c * taps, taps);
+        largest_old[c] = kernels.largest(w_old + c * taps, taps);
+      }
+    });
+    const auto ratio = [](float a, float b) { return a > 0 && b > 0 ? b / a : 1.0f; };
+    const auto over_all = [](const std::vector<float>& v) { return v.empty() ? 0.0f : *std::max_element(v.begin(), v.end()); };
+    const float whole = ratio(over_all(largest_new), over_all(largest_old));
     // One scale for the tensor, or one per channel where that leaves fewer differences.
-    alpha.assign(changed.size(), ratio(0, fresh.numel()));
-    for (int64_t c = 0; c < static_cast<int64_t>(changed.size()); ++c) {
-      const float *from = w_new + c * taps, *to = w_old + c * taps;
-      changed[c] = kernels.differences(from, to, alpha[c], nullptr, taps);
-      if (changed[c] > 0) {
-        const float own = ratio(c * taps, taps);
-        const int64_t count = kernels.differences(from, to, own, nullptr, taps);
-        if (count < changed[c]) {
-          alpha[c] = own;
-          changed[c] = count;
+    torch::stable::parallel_for(0, channels, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const float *from = w_new + c * taps, *to = w_old + c * taps;
+        alpha[c] = whole;
+        changed[c] = kernels.differences(from, to, whole, nullptr, taps);
+        const float own = ratio(largest_new[c], largest_old[c]);
+        if (changed[c] > 0 && own != whole) {
+          const int64_t count = kernels.differences(from, to, own, nullptr, taps);
+          if (count < changed[c]) {
+            alpha[c] = own;
+            changed[c] = count;
+          }
         }
       }
+    });
+    int64_t size = 0;
+    for (int64_t c = 0; c < channels; ++c) {
       if (changed[c] > 0) {
-        place[c] = delta.size();
-        delta.resize(delta.size() + taps);
-        kernels.differences(from, to, alpha[c], delta.data() + place[c], taps);
+        place[c] = size;
+        size += taps;
       }
     }
+    delta.resize(size);
+    torch::stable::parallel_for(0, channels, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        if (changed[c] > 0) {
+          kernels.differences(w_new + c * taps, w_old + c * taps, alpha[c], delta.data() + place[c], taps);
+        }
+      }
+    });
   }
 
   // The differences of a channel that has any.
