@@ -41,10 +41,10 @@ demo: $(STAMP) ## train a 4-bit MobileNet on handwritten digits and write a repo
 	@echo "Report: $(CURDIR)/$(DEMO)/report.html"
 
 test: $(STAMP) ## the tests that are not marked slow
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(STAMP) ## all tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # Installs nothing and needs no network: it runs with the environment above where it exists, else with the python3 there is.
 gpu: ## on a machine with a GPU: its tests and benchmarks, in 9 minutes; OUT=folder for the results

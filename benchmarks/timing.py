@@ -27,12 +27,12 @@ from profit.train.allocator import chosen, tunables
 def tuned_environment() -> dict[str, str]:
     """The environment of a measuring process: the allocator tuned, unless the user has chosen one already. Untuned, the
     allocator decides every comparison (profit/train/allocator.py says why)."""
-    return dict(os.environ) if chosen() else {**os.environ, "GLIBC_TUNABLES": tunables()}
+    return dict(os.environ) if chosen(os.environ) else {**os.environ, "GLIBC_TUNABLES": tunables()}
 
 
 def allocator() -> str:
     """How memory is allocated in this process, in words."""
-    return chosen() or "the system's default, untuned"
+    return chosen(os.environ) or "the system's default, untuned"
 
 
 @dataclass(frozen=True)

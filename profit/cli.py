@@ -6,6 +6,7 @@ Heavy imports are inside the commands: `profit --help` answers at once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
@@ -198,7 +199,7 @@ def _tune_allocator(say: bool) -> None:
     """In every process of a run; one of them says what was done."""
     from profit.train.allocator import tune_allocator
 
-    line = tune_allocator()
+    line = tune_allocator(os.environ)
     if say:
         print(line)
 

@@ -24,18 +24,18 @@ def tunables() -> str:
     return ":".join(f"glibc.malloc.{name}={1 << 45 if value == -1 else value}" for name, (_, value) in SETTINGS.items())
 
 
-def chosen(environment: Mapping[str, str] = os.environ) -> str | None:
+def chosen(environment: Mapping[str, str]) -> str | None:
     """What the user has set for the allocator (GLIBC_TUNABLES, LD_PRELOAD), as text; None if nothing."""
     found = [f"{name}={environment[name]}" for name in ("GLIBC_TUNABLES", "LD_PRELOAD") if environment.get(name)]
     return ", ".join(found) or None
 
 
-def tune_allocator(library: object | None = None) -> str:
+def tune_allocator(environment: Mapping[str, str], library: object | None = None) -> str:
     """Apply SETTINGS to this process, from now on; returns one line that says what was done, or why nothing was.
 
-    What the user has chosen stays as it is. `library`: the C library; by default the one this process runs on.
+    What the user has chosen in `environment` stays as it is. `library`: the C library; by default the one this process runs on.
     """
-    if (setting := chosen()) is not None:
+    if (setting := chosen(environment)) is not None:
         return f"allocator: unchanged, it is set already ({setting})"
     library = _c_library() if library is None else library
     if not (hasattr(library, "gnu_get_libc_version") and hasattr(library, "mallopt")):

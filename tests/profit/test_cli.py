@@ -72,7 +72,7 @@ def test_train_evaluate_report(recipe, tmp_path, capsys) -> None:
 
 
 def test_the_allocator_is_tuned_on_request_alone(recipe, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("profit.train.allocator.tune_allocator", lambda: "allocator: tuned")
+    monkeypatch.setattr("profit.train.allocator.tune_allocator", lambda environment: "allocator: tuned")
     assert main(["train", recipe, "--out", str(tmp_path / "a"), "-q", *SHORT]) == 0
     assert "allocator:" not in capsys.readouterr().out
     assert main(["train", recipe, "--out", str(tmp_path / "b"), "-q", "--tune-allocator", *SHORT]) == 0

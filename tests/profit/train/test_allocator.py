@@ -28,7 +28,7 @@ def faults():
         torch.ones(4_000_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 torch.set_num_threads(1)
-line = tune_allocator()
+line = tune_allocator({})
 faults()
 print(faults(), line)
 """
@@ -47,16 +47,16 @@ def test_mallopt_gets_every_setting():
         return 1
 
     library = SimpleNamespace(gnu_get_libc_version=None, mallopt=mallopt)
-    assert "freed memory is kept" in allocator.tune_allocator(library)
+    assert "freed memory is kept" in allocator.tune_allocator({}, library)
     assert asked == {-4: 0, -1: -1, -2: 1 << 28}  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
     assert allocator.tunables().split(":") == [
         "glibc.malloc.mmap_max=0", f"glibc.malloc.trim_threshold={1 << 45}", f"glibc.malloc.top_pad={1 << 28}"
     ]
 
 
-def test_where_it_does_nothing_it_says_why(monkeypatch):
-    assert "another C library" in allocator.tune_allocator(SimpleNamespace())
+def test_where_it_does_nothing_it_says_why():
+    assert "another C library" in allocator.tune_allocator({}, SimpleNamespace())
     refusing = SimpleNamespace(gnu_get_libc_version=None, mallopt=lambda key, value: 0)
-    assert "glibc refused mmap_max" in allocator.tune_allocator(refusing)
-    monkeypatch.setenv("LD_PRELOAD", "libjemalloc.so")
-    assert "unchanged, it is set already (LD_PRELOAD=libjemalloc.so)" in allocator.tune_allocator(refusing)
+    assert "glibc refused mmap_max" in allocator.tune_allocator({}, refusing)
+    chosen = {"LD_PRELOAD": "libjemalloc.so"}
+    assert "unchanged, it is set already (LD_PRELOAD=libjemalloc.so)" in allocator.tune_allocator(chosen, refusing)
