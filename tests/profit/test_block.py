@@ -141,7 +141,9 @@ def test_timm_nets(name, found, rng):
 @pytest.mark.parametrize("bits", [(4, 4), (None, 4), (None, None), (3, 8)])
 @pytest.mark.parametrize("padding", ["zero", "negative"])
 @pytest.mark.parametrize("norm", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str)
-def test_training_is_the_same(norm, padding, bits, rng):
+def test_training_is_the_same(norm, padding, bits):
+    # Always the same data: in one fresh run of many hundred a value lies on an edge of its code, and either side is right.
+    rng = torch.Generator().manual_seed(0)
     x = data(rng)
     fused, unfused = pair(lambda: Chain(**norm), x, weight_bits=bits[0], act_bits=bits[1], padding=padding)
     assert blocks(fused) == CHAIN
