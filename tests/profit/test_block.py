@@ -142,7 +142,7 @@ def test_timm_nets(name, found, rng):
 @pytest.mark.parametrize("padding", ["zero", "negative"])
 @pytest.mark.parametrize("norm", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str)
 def test_training_is_the_same(norm, padding, bits):
-    # FIXME: fixed data hide a fault. With affine=False at (4, 4) bits and PROFIT_TEST_SEED=449820 or 1 the gradients in front of
+    # FIXME: fixed data hide a fault. With affine=False at (4, 4) bits and PROFIT_TEST_SEED=449820 or 1 gradients in front of
     # bn4 are 1e-3 apart in the third step, outputs and codes equal, no value within 1e-12 of ReLU's edge. Cause not found.
     rng = torch.Generator().manual_seed(0)
     x = data(rng)
