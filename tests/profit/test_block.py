@@ -142,8 +142,8 @@ def test_timm_nets(name, found, rng):
 @pytest.mark.parametrize("padding", ["zero", "negative"])
 @pytest.mark.parametrize("norm", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str)
 def test_training_is_the_same(norm, padding, bits):
-    # Fixed data. With PROFIT_TEST_SEED=449820 (affine=False, 4 bits) a value of bn4 lies on ReLU's edge in the third step, 1e-15
-    # from 0, where either slope is right. FIXME: fresh data again, drawn anew where that happens.
+    # Fixed data. With PROFIT_TEST_SEED=449820 (affine=False, 4 bits) a value of bn4 lies on the edge of ReLU in the third step,
+    # 1e-15 from 0, where either slope is right. FIXME: fresh data again, drawn anew where that happens.
     rng = torch.Generator().manual_seed(0)
     x = data(rng)
     fused, unfused = pair(lambda: Chain(**norm), x, weight_bits=bits[0], act_bits=bits[1], padding=padding)
