@@ -41,9 +41,10 @@ GRID = {
 }
 # KL between two float32 convolutions that torch may sum in another order than the operator.
 KL_CONV = {"rtol": 1e-4, "atol": 1e-7}
-# The same from what an update changed, or from float32 moments of the input: variances to a few parts in a million.
-KL_UPDATE = {"rtol": 3e-4, "atol": 2e-7}
-# The same where the old output is rounded to bfloat16: a value may round the other way, a part in 2^9 of it, in either sum.
+# The same where channels lie far from 0 for their deviation, in roundings (tests/ops/aiwq/closeness.py): 1200 layers, up to 9,
+# most from float32 moments of the input.
+KL_ROUNDINGS = 32
+# KL_CONV where the old output is rounded to bfloat16: a value may round the other way, a part in 2^9 of it, in either sum.
 KL_CONV_HALF = {"rtol": 1e-3, "atol": 1e-5}
 # Places in a report's SVG, in pixels: matplotlib writes six decimals, and snaps bars to half a pixel when it draws them.
 SVG_PIXELS = 0.01

@@ -64,7 +64,8 @@ class Chain(nn.Module):
         x = self.act1(self.bn1(self.stem(x)))
         x = self.act2(self.bn2(self.dw(x)))
         x = self.bn4(self.last(self.bn3(self.pw(x))))
-        return self.head(x.relu().mean((2, 3)))
+        # Smooth: behind a BatchNorm without bias, codes that repeat put values exactly on its mean, which is the edge of ReLU.
+        return self.head(F.softplus(x).mean((2, 3)))
 
 
 CHAIN = {"dw": "bn1", "pw": "bn2", "last": "bn3"}
@@ -141,10 +142,7 @@ def test_timm_nets(name, found, rng):
 @pytest.mark.parametrize("bits", [(4, 4), (None, 4), (None, None), (3, 8)])
 @pytest.mark.parametrize("padding", ["zero", "negative"])
 @pytest.mark.parametrize("norm", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}], ids=str)
-def test_training_is_the_same(norm, padding, bits):
-    # Fixed data. With PROFIT_TEST_SEED=449820 (affine=False, 4 bits) a value of bn4 lies on the edge of ReLU in the third step,
-    # 1e-15 from 0, where either slope is right. FIXME: fresh data again, drawn anew where that happens.
-    rng = torch.Generator().manual_seed(0)
+def test_training_is_the_same(norm, padding, bits, rng):
     x = data(rng)
     fused, unfused = pair(lambda: Chain(**norm), x, weight_bits=bits[0], act_bits=bits[1], padding=padding)
     assert blocks(fused) == CHAIN

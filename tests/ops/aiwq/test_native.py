@@ -12,6 +12,7 @@ import profit_kernels as pk
 from profit_kernels import native
 from profit_kernels.ops.aiwq import cpp, reference
 from tests import tolerances
+from tests.ops.aiwq.closeness import assert_kl_close
 from tests.oracles import gaussian_kl
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_missing() or "")
@@ -104,10 +105,9 @@ KINDS = [(False, -0.375, "hardswish"), (True, 0.0, "none"), (False, 0.0, "relu6"
 )
 def test_layers_against_the_reference(rng, poisoned_empty, channels, outputs, groups, kernel, kind):
     for stride in (1, 2):
-        arguments = layer(rng, channels, outputs, groups, kernel, kind, stride)
-        torch.testing.assert_close(cpp.conv_kl(*arguments), reference.conv_kl(*arguments), **tolerances.KL_CONV)
-        contiguous = (arguments[0].contiguous(), arguments[1].contiguous(), *arguments[2:])
-        torch.testing.assert_close(cpp.conv_kl(*contiguous), reference.conv_kl(*contiguous), **tolerances.KL_CONV)
+        x, y_new, *rest = layer(rng, channels, outputs, groups, kernel, kind, stride)
+        for laid in ((x, y_new), (x.contiguous(), y_new.contiguous())):
+            torch.testing.assert_close(cpp.conv_kl(*laid, *rest), reference.conv_kl(*laid, *rest), **tolerances.KL_CONV)
 
 
 @pytest.mark.parametrize(("channels", "outputs", "groups"), [(20, 20, 20), (8, 48, 1), (48, 8, 1)])
@@ -158,11 +158,12 @@ def test_the_update_of_a_weight(rng, isa, channels, outputs, groups, kernel, str
         w_old, w_new = grid(rng, w.shape, scale, changed)
         _, pads, _, _, pad_value, a, c, bits, signed, offset, activation, _ = rest
         qx = pk.duq_fake_quantize(x, a, c, bits=bits, signed=signed, offset=offset, activation=activation)
-        y_new = F.conv2d(F.pad(qx, pads, value=pad_value), w_new, bias, stride, groups=groups)
+        padded = F.pad(qx, pads, value=pad_value)
+        y_new, y_old = (F.conv2d(padded, w, bias, stride, groups=groups) for w in (w_new, w_old))
         for layout in (torch.channels_last, torch.contiguous_format):
             arguments = (x.contiguous(memory_format=layout), y_new.contiguous(memory_format=layout), w_old, bias, *rest)
             found, expected = cpp.conv_kl(*arguments, weight_new=w_new), reference.conv_kl(*arguments)
-            torch.testing.assert_close(found, expected, **tolerances.KL_UPDATE)
+            assert_kl_close(found, expected, y_new, y_old)
 
 
 @pytest.mark.parametrize(("channels", "outputs", "groups", "kernel", "stride"), UPDATED)
