@@ -3,7 +3,7 @@
 Every model is built with random weights, its BatchNorm statistics settled on generated images, and converted. The table
 says how many layers were converted and what feeds them, how far the 8-bit network is from the full-precision one (a deep
 random network amplifies any noise, so the original network with noise of the size of 8-bit rounding stands beside it), and
-whether everything a user does with a model works on the converted one (the CHECKS below). A model that is refused shows
+whether everything a user does with a model works on the converted one (zoo_checks.py). A model that is refused shows
 its message; where the message names a remedy, the model is converted with it.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
 import json
 import pickle
 import sys
@@ -19,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from multiprocessing import get_context
@@ -27,115 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.digits import processor
-from profit import DuQConfig, calibrate_, param_groups, quant_layers, quantize_, set_bits
+from profit import calibrate_, quant_layers, quantize_, set_bits
 from profit.errors import ProfitError
-from profit.state import apply_quantization_state_, quantization_state
+
+from .zoo_checks import CHECKS
+from .zoo_models import BATCH, FULL, LARGER, MODELS, PIXELS, REMEDIES, Row, build, config, images, relative, settle
 
 ROOT = Path(__file__).resolve().parent.parent
-BATCH, PIXELS = 4, 64
-FULL = DuQConfig(weight_bits=None, act_bits=None, padding="zero")
-
-TIMM = """
-mobilenetv1_100 mobilenetv1_125 mobilenetv2_050 mobilenetv2_100 mobilenetv2_140
-mobilenetv3_small_050 mobilenetv3_small_100 mobilenetv3_large_100 mobilenetv3_rw
-tf_mobilenetv3_small_100 tf_mobilenetv3_large_100 tf_mobilenetv3_small_minimal_100
-mobilenetv4_conv_small mobilenetv4_conv_medium mobilenetv4_conv_aa_medium mobilenetv4_hybrid_medium mobilenet_edgetpu_100
-mnasnet_050 mnasnet_100 mnasnet_small semnasnet_075 semnasnet_100 spnasnet_100
-efficientnet_b0 efficientnet_b0_gn efficientnet_es efficientnet_lite0 efficientnet_cc_b0_4e
-tf_efficientnet_b0 tf_efficientnet_lite0 tf_efficientnetv2_b0
-lcnet_100 lcnetv2_small ghostnet_100 ghostnetv2_100 fbnetc_100 fbnetv3_b hardcorenas_a mixnet_s tf_mixnet_s tinynet_e
-regnetx_002 regnety_002 regnetz_b16 resnet18 resnet18d resnet50 eca_resnet33ts nf_regnet_b0
-rexnet_100 starnet_s1 repvgg_a0 mobilevit_xxs densenet121
-""".split()
-TORCHVISION = """
-mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5 mnasnet1_0 efficientnet_b0 regnet_x_400mf regnet_y_400mf
-resnet18 resnet50 shufflenet_v2_x0_5 shufflenet_v2_x1_0 squeezenet1_1 googlenet inception_v3
-""".split()
-MODELS = (*(f"timm/{name}" for name in TIMM), *(f"torchvision/{name}" for name in TORCHVISION))
-# What the refusals say to do, as patterns to skip.
-REMEDIES = {
-    "timm/eca_resnet33ts": ("*.attn.conv",),
-    "torchvision/googlenet": ("aux1.*", "aux2.*"),
-    "torchvision/inception_v3": ("AuxLogits.*",),
-}
-LARGER = {"torchvision/inception_v3": 299, "timm/mobilenetv4_hybrid_medium": 128}
-
-
-@dataclass
-class Row:
-    """What was found for one model. `kinds` are (raw, unsigned, offset, signed); errors are relative L2 norms; `checks`
-    maps the name of a check to "" where it passed and to what went wrong where it did not."""
-
-    model: str
-    refused: str = ""
-    remedy: tuple[str, ...] = ()
-    layers: int = 0
-    kinds: tuple[int, ...] = ()
-    ranked: int = 0
-    fused: int = 0
-    full_precision_error: float | None = None
-    eight_bit_error: float | None = None
-    noise_error: float | None = None
-    worst_layer: tuple[str, float] | None = None
-    checks: dict[str, str] = field(default_factory=dict)
-    convert_s: float = 0.0
-    wall_s: float = 0.0
-
-    @property
-    def converted(self) -> bool:
-        return self.layers > 0
-
-    @property
-    def failed(self) -> list[str]:
-        return [name for name, problem in self.checks.items() if problem]
-
-
-def build(model: str) -> nn.Module:
-    """`timm/NAME` or `torchvision/NAME` with random weights."""
-    library, _, name = model.partition("/")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torchvision's word on the initialisation of GoogLeNet
-        if library == "timm":
-            import timm
-
-            return timm.create_model(name, pretrained=False)
-        import torchvision
-
-        return torchvision.models.get_model(name, weights=None)
-
-
-def images(count: int, pixels: int, seed: int) -> Tensor:
-    """Smooth shapes with some noise, `[count, 3, pixels, pixels]`."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(count, 3, 8, 8, generator=generator)
-    smooth = F.interpolate(coarse, size=(pixels, pixels), mode="bicubic", align_corners=False)
-    return smooth + 0.2 * torch.randn(count, 3, pixels, pixels, generator=generator)
-
-
-@torch.no_grad()
-def settle(model: nn.Module, x: Tensor) -> None:
-    """BatchNorm statistics of `x`, then eval mode: a random network with unit statistics would blow up or die out."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-    model.train()(x)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
-
-
-def logits(output: Any) -> Tensor:
-    """The output tensor; of GoogLeNet and Inception in training, the main one."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @torch.no_grad()
@@ -177,130 +77,6 @@ def with_rounding_noise(original: nn.Module, table: Any, x: Tensor) -> Tensor:
             steps = 127 if row.kind == "signed" else 255
             layer.register_forward_pre_hook(lambda layer, args, steps=steps: (noisy(args[0], steps), *args[1:]))
     return model(x)
-
-
-# ---- checks: on a calibrated W4A4 model in eval mode; each returns "" or what went wrong ---------------------------
-
-
-def check_compile(model: nn.Module, x: Tensor, row: Row) -> str:
-    torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
-    with torch.no_grad():
-        same = torch.equal(compiled(x), model(x))
-    return "" if same else "the compiled model gives other logits"
-
-
-def check_training(model: nn.Module, x: Tensor, row: Row) -> str:
-    """Two steps of SGD: losses and gradients finite, every parameter reached that is reached before conversion."""
-    model = copy.deepcopy(model).train()
-    labels = torch.arange(len(x))
-    optimizer = torch.optim.SGD(param_groups(model, 1e-3, 4e-5), momentum=0.9, nesterov=True)
-    for _ in range(2):
-        loss = F.cross_entropy(logits(model(x)), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        if not torch.isfinite(loss):
-            return f"the loss is {float(loss)}"
-        bad = [n for n, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
-        if bad:
-            return f"the gradient of {bad[0]} is not finite"
-        missed = [n for n, layer in quant_layers(model).items() if layer.weight.grad is None]
-        if missed:
-            return f"no gradient reaches {missed[0]}"
-        optimizer.step()
-    return ""
-
-
-def check_deepcopy(model: nn.Module, x: Tensor, row: Row) -> str:
-    return _same(copy.deepcopy(model), model, x)
-
-
-def check_pickle(model: nn.Module, x: Tensor, row: Row) -> str:
-    return _same(pickle.loads(pickle.dumps(model)), model, x)
-
-
-def check_state_dict(model: nn.Module, x: Tensor, row: Row) -> str:
-    """Through a file of weights, into a fresh model converted alike and into one rebuilt from its quantization state."""
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    alike, rebuilt = build(row.model), build(row.model)
-    quantize_(alike, _config(4, row.remedy), x[:1])
-    apply_quantization_state_(rebuilt, json.loads(json.dumps(quantization_state(model))))
-    for other in (alike, rebuilt):
-        other.load_state_dict(state)
-        problem = _same(other.eval(), model, x)
-        if problem:
-            return problem
-    return ""
-
-
-def check_autocast(model: nn.Module, x: Tensor, row: Row) -> str:
-    model = copy.deepcopy(model).train()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = logits(model(x))
-    F.cross_entropy(y.float(), torch.arange(len(x))).backward()
-    if not bool(torch.isfinite(y).all()):
-        return "logits are not finite"
-    bad = [n for n, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
-    return f"the gradient of {bad[0]} is not finite" if bad else ""
-
-
-@torch.no_grad()
-def check_channels_last(model: nn.Module, x: Tensor, row: Row) -> str:
-    """In full precision, where the order of a sum cannot flip a code; and at 4 bits finite."""
-    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
-    other = x.contiguous(memory_format=torch.channels_last)
-    if not bool(torch.isfinite(model(other)).all()):
-        return "logits are not finite"
-    set_bits(model, None, None)
-    contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    error = relative(model(other), contiguous(x))
-    return "" if error < 1e-3 else f"logits differ by {error:.1e}"
-
-
-@torch.no_grad()
-def check_modes(model: nn.Module, x: Tensor, row: Row) -> str:
-    """Training and back: the flags of every module, and the same logits once statistics are put back."""
-    model, state = copy.deepcopy(model), copy.deepcopy(model.state_dict())
-    before = model(x)
-    model.train()
-    if not all(m.training for m in model.modules()):
-        return "train() leaves a module in eval mode"
-    model(x)
-    model.load_state_dict(state)
-    model.eval()
-    if any(m.training for m in model.modules()):
-        return "eval() leaves a module in training mode"
-    return "" if torch.equal(model(x), before) else "logits changed"
-
-
-@torch.no_grad()
-def check_average(model: nn.Module, x: Tensor, row: Row) -> str:
-    """An average of weights in torch's own class, over the same weights, is the model."""
-    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
-    for _ in range(2):
-        average.update_parameters(model)
-    error = relative(average.eval()(x), model(x))
-    return "" if error < 1e-3 else f"logits differ by {error:.1e}"
-
-
-@torch.no_grad()
-def _same(other: nn.Module, model: nn.Module, x: Tensor) -> str:
-    return "" if torch.equal(other(x), model(x)) else "logits differ"
-
-
-CHECKS: dict[str, Callable[[nn.Module, Tensor, Row], str]] = {
-    "compile": check_compile, "train": check_training, "deepcopy": check_deepcopy, "pickle": check_pickle,
-    "state_dict": check_state_dict, "bf16": check_autocast, "channels_last": check_channels_last, "modes": check_modes,
-    "average": check_average,
-}  # fmt: skip
-
-
-def _config(bits: int | None, remedy: Sequence[str]) -> DuQConfig:
-    overrides = {pattern: {"skip": True} for pattern in remedy}
-    return DuQConfig(weight_bits=bits, act_bits=bits, padding="zero", overrides=overrides)
 
 
 def examine(model_name: str, checks: Sequence[str] = tuple(CHECKS)) -> Row:
@@ -353,7 +129,7 @@ def _converted(model: nn.Module, x: Tensor, row: Row) -> Any:
             raise
         row.remedy = REMEDIES[row.model]
         start = time.perf_counter()
-        table = quantize_(model, _config(None, row.remedy), x[:1])
+        table = quantize_(model, config(None, row.remedy), x[:1])
     row.convert_s = round(time.perf_counter() - start, 2)
     return table
 
