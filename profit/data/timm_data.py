@@ -1,4 +1,4 @@
-"""Image folders and every data set that timm's loader knows (`torch/cifar10`, `hfds/...`), through timm itself."""
+"""Image folders and every data set that timm's loader knows (`torch/cifar10`, `hfds/...`, `wds/...`), through timm itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import IterableDataset, default_collate
 
 from profit.data.tensors import DataBundle
 from profit.errors import DataError
@@ -95,9 +95,12 @@ def timm_data(
     else:
         if on_error == "skip":
             raise DataError(f"data.on_error=skip is for image folders; timm decides what {name} does with unreadable images")
-        train_set = _named(name, path, train_split, in_chans, download, True)
-        test_set = _named(name, path, test_split, in_chans, download, False)
-        fixed_set = _named(name, path, train_split, in_chans, download, False)
+        train_set, test_set, fixed_set = (
+            _named(name, path, split, in_chans, download, batch_size, training)
+            for split, training in ((train_split, True), (test_split, False), (train_split, False))
+        )
+        if isinstance(train_set, IterableDataset):
+            _check_stream(name, workers, limit)
         classes = classes or _classes_of(train_set)
         if classes is None:
             raise DataError(f"the data set {name} does not tell its number of classes: set data.classes")
@@ -165,17 +168,37 @@ def _folders(
     return *sets, len(train.class_to_idx)
 
 
-def _named(name: str, path: str | None, split: str, in_chans: int, download: bool, training: bool) -> Any:
+def _named(
+    name: str, path: str | None, split: str, in_chans: int, download: bool, batch_size: int, training: bool
+) -> Any:
     from timm.data import create_dataset
 
     if path and not download and not Path(path).exists():
         raise DataError(f"data.path {path} does not exist (data.download=true fetches {name} where timm can)")
     mode = {} if name.startswith("torch/") else {"input_img_mode": "L" if in_chans == 1 else "RGB"}
     try:
-        return create_dataset(name, root=path, split=split, is_training=training, download=download, **mode)
+        dataset = create_dataset(
+            name, root=path, split=split, is_training=training, download=download, batch_size=batch_size, **mode
+        )
     except (RuntimeError, ValueError, AssertionError, KeyError, OSError, ImportError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"timm cannot open the data set {name!r}, split {split!r}: {reason}") from error
+    # timm only logs what it cannot read of a stream
+    shards = getattr(getattr(getattr(dataset, "reader", None), "split_info", None), "filenames", ())
+    lost = [file for file in shards if path and Path(path).is_dir() and not (Path(path) / file).exists()]
+    if lost:
+        raise DataError(f"{path} lacks {len(lost)} of the {len(shards)} shards of split {split!r}, the first is {lost[0]}")
+    return dataset
+
+
+def _check_stream(name: str, workers: int, limit: int | None) -> None:
+    """Raise DataError for settings that a data set without an index, as webdataset's, cannot serve."""
+    if workers < 1:
+        # timm's reader would shuffle on from where it is in this process, so that a resumed run saw other batches
+        raise DataError(f"{name} is read as a stream, which needs data.workers to be at least 1")
+    if limit is not None:
+        raise DataError(f"{name} is read as a stream, which data.limit={limit} cannot pick from: leave data.limit out and give "
+                        "a split of fewer shards")  # fmt: skip
 
 
 def _classes_of(dataset: Any) -> int | None:
@@ -203,9 +226,14 @@ class _Limited(torch.utils.data.Dataset):
 
 
 def _spread(loader: Any) -> Any:
-    """The same images in a fixed mixed order: a folder is sorted by class and calibration reads only some batches."""
+    """The same images in a fixed mixed order: a folder is sorted by class and calibration reads only some batches.
+
+    A stream stays in its order, in which its shards were mixed when they were written.
+    """
     inner = getattr(loader, "loader", loader)
     dataset = inner.dataset
+    if isinstance(dataset, IterableDataset):
+        return loader
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
     mixed = torch.utils.data.DataLoader(
         dataset, batch_size=inner.batch_size, sampler=order, num_workers=inner.num_workers, collate_fn=inner.collate_fn

@@ -12,6 +12,12 @@ from profit.errors import RecipeError
 __all__ = ["OWN_MODELS", "create_model"]
 
 OWN_MODELS = ("digits_mobilenetv3",)
+# What a recipe says elsewhere.
+_DECIDED = {
+    "num_classes": "the data decides it, or model.classes",
+    "in_chans": "data.in_chans decides it",
+    "pretrained": "model.pretrained decides it",
+}
 
 
 def create_model(
@@ -37,6 +43,9 @@ def create_model(
         RecipeError: unknown name (with the nearest known ones) or arguments the model does not take.
     """
     extra = dict(args or {})
+    for key, source in _DECIDED.items():
+        if key in extra:
+            raise RecipeError(f"model.args cannot hold {key}: {source}")
     try:
         if name == "digits_mobilenetv3":
             from profit.models.digits_mobilenetv3 import DigitsMobileNetV3
