@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from profit.calibrate import calibrate_
 from profit.data import create_data
 from profit.decay import aiwq_decay_for, ema_decay_for
 from profit.distributed import agree, average_buffers_, rank, sum_over_ranks, world_size
-from profit.errors import CheckpointError, TrainingError
+from profit.errors import TrainingError
 from profit.freezing import ProgressiveFreezer, freeze_all, release_all
 from profit.nn.baselines import pact_penalty
 from profit.optim import param_groups, quantizer_parameters, quantizers
@@ -50,6 +49,7 @@ from profit.train.runs import (
     threads,
 )
 from profit.train.sharding import epoch_seed, shard
+from profit.train.snapshot import restore, restore_phase, snapshot
 from profit.train.teacher import load_teacher, own_teacher
 
 
@@ -124,7 +124,7 @@ class Trainer:
         name, damaged = agree(newest_checkpoint(self.folder) if self.rank == 0 else None)
         state = load_checkpoint(self.folder / CHECKPOINTS / name) if name else None
         if state is not None:
-            self._restore(state)
+            restore(self, state)
         with self._progress() as self.progress:
             sections = {
                 "run": self.run_info,
@@ -151,7 +151,7 @@ class Trainer:
         for line in found:
             self.progress.line(line)
         if state is not None and under_way:
-            self._restore_phase(state)
+            restore_phase(self, state)
         label = f"[{self.phase_index + 1}/{len(self.schedule)}]"
         steps = len(self.data.train)
         self.progress.begin_phase(phase, label, phase.epochs * steps, self.epoch * steps)
@@ -339,45 +339,12 @@ class Trainer:
         return content
 
     def _save_checkpoint(self) -> None:
-        """Everything the next epoch depends on, then drop the oldest. What is drawn is a function of seed and epoch."""
+        """Everything the next epoch depends on, then drop the oldest."""
         if self.rank:
             return
-        state = {
-            **network_state(self.model, self.architecture),
-            "position": {"schedule": {**self.schedule.state_dict(), "position": self.phase_index}, "epoch": self.epoch},
-            "history": self.history, "phases": self.phases, "best": self.best, "aiwq": self.aiwq,
-            "frozen_stage": self.frozen_stage, "accuracy_fp": self.accuracy_fp, "run": self.run_info,
-            "wall_s": self.wall_s, "phase_wall_s": self.phase_wall_s, "images_per_s": self.images_per_s,
-        }  # fmt: skip
-        if self.epoch:  # between two phases there is nothing of the phase to keep
-            state["optimizer"] = self.optimizer.state_dict()
-            state["ema"] = self.ema.module.state_dict() if self.ema else None
-            state["monitor"] = self.monitor.state_dict() if self.monitor else None
         folder = self.folder / CHECKPOINTS
-        save_checkpoint(folder / f"epoch-{self._global_epoch():05d}", state)
+        save_checkpoint(folder / f"epoch-{self._global_epoch():05d}", snapshot(self))
         prune(folder, self.recipe.run.keep_checkpoints)
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        """Model, position and everything measured so far."""
-        try:
-            replace(self.schedule).load_state_dict(state["position"]["schedule"])
-        except ValueError as error:
-            raise CheckpointError(f"{self.folder}: {error}") from None
-        self.phase_index = state["position"]["schedule"]["position"]
-        self.epoch = state["position"]["epoch"]
-        load_weights(self.model, state["model"], f"the checkpoint of {self.folder}")
-        for name in ("history", "phases", "best", "aiwq", "frozen_stage", "accuracy_fp", "wall_s", "phase_wall_s"):
-            setattr(self, name, state[name])
-        self.images_per_s = state["images_per_s"]
-        self.run_info = {**self.run_info, "created": state["run"]["created"], "command": state["run"]["command"]}
-
-    def _restore_phase(self, state: dict[str, Any]) -> None:
-        """What `_enter_phase` made anew and the phase has changed since."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            load_weights(self.ema.module, state["ema"], f"the checkpoint of {self.folder}")
-        if self.monitor is not None:
-            self.monitor.load_state_dict(state["monitor"])
 
     def _progress(self) -> Progress:
         if self.rank:
