@@ -174,5 +174,7 @@ def _read(losses: list[Tensor], last_batch: int, accumulate: int, where: str) ->
     for index, value in enumerate(values):
         if not math.isfinite(value):
             step = (last_batch - len(values) + index) // accumulate + 1
-            raise TrainingError(f"the loss became {value} in {where}, step {step}: try a lower learning rate")
+            raise TrainingError(
+                f"the loss became {value} in {where}, step {step}: try a lower learning rate or optim.clip_grad"
+            )
     return sum(values)

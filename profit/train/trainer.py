@@ -273,7 +273,7 @@ class Trainer:
             if not math.isfinite(row["test_loss"]):
                 step = len(self.data.train) // self.recipe.optim.accumulate
                 raise TrainingError(f"the weights became NaN in phase {phase.name}, epoch {self.epoch}, step {step}: "
-                                    "try a lower learning rate")  # fmt: skip
+                                    "try a lower learning rate or optim.clip_grad")  # fmt: skip
             self._keep_best("best", self.model, row["accuracy"], phase)
             if self.ema is not None:
                 _, row["accuracy_ema"] = evaluate(self.ema.module, self.data.test, self.amp)
