@@ -1,3 +1,4 @@
+# ruff: noqa: F405
 """PROFIT: progressive-freezing iterative training of mobile networks at 4 bits and below (Park & Yoo, ECCV 2020).
 
 Convert a model, calibrate it, train it in phases; each part works alone in any training loop:
@@ -5,41 +6,17 @@ Convert a model, calibrate it, train it in phases; each part works alone in any 
     profit.quantize_(model, profit.DuQConfig(weight_bits=4, act_bits=4), example_inputs=(images,))
     profit.calibrate_(model, loader, batches=8)
 
-Importing this package needs torch and numpy, compiles nothing and touches no GPU.
+Importing this package is instant; the first use of one of its names imports torch and numpy.
+Neither compiles anything or touches a GPU.
 """
 
-from .aiwq import AIWQMonitor
-from .authors import load_authors_checkpoint
-from .blocks import unfuse_
-from .bn import reestimate_bn_
-from .calibrate import calibrate_
-from .config import DuQConfig
-from .errors import (
-    CalibrationError,
-    CheckpointError,
-    ConversionError,
-    DataError,
-    ExportError,
-    ProfitError,
-    RecipeError,
-    TrainingError,
-)
-from .export import (
-    IntegerRuntime,
-    export_onnx,
-    export_packed,
-    export_torch,
-    load_packed_,
-    read_packed,
-    verify,
-)
-from .freezing import ProgressiveFreezer, freeze_all
-from .nn import QuantConv2d, QuantLinear
-from .optim import param_groups
-from .quantize import layer_table, quant_layers, quantize_, set_bits
-from .schedule import Phase, PhaseSchedule
-from .state import apply_quantization_state_, quantization_state
-from .table import LayerRow, LayerTable
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
 
 __all__ = [
     "AIWQMonitor",
@@ -79,3 +56,20 @@ __all__ = [
     "unfuse_",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module that stands behind one; the command line answers `--help` before torch is loaded."""
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    api = import_module(".api", __name__)
+
+    if name in __all__:
+        return globals().setdefault(name, getattr(api, name))
+    if name in globals():  # a submodule, which the import above has set
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

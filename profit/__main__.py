@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         print(f"error: {message}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while the imports of a command are under way
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Heavy imports are inside the commands: `profit --help` answers at once.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -15,9 +16,14 @@ from typing import Annotated
 
 import typer
 
-from profit.errors import ProfitError
+from profit.errors import ProfitError, RecipeError
 
 EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, with what is left."""
+
 
 app = typer.Typer(
     help="Train mobile networks at 4 bits and below with PROFIT (Park & Yoo, ECCV 2020).",
@@ -25,7 +31,28 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"profit {version('profit-kernels')}")
+        except PackageNotFoundError:
+            print("profit, run from its source without being installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 Overrides = Annotated[
     list[str] | None,
@@ -69,6 +96,11 @@ def train(
     """
     from profit.train.recipe_io import load_recipe
 
+    for option, value in (("--images", images), ("--throughput", throughput)):
+        if value is not None and not dry_run:
+            raise RecipeError(f"{option} is for --dry-run, which trains nothing; training takes what the recipe says (--set)")
+    if throughput is not None and not math.isfinite(throughput):
+        raise RecipeError(f"--throughput {throughput}: give the images per second")
     loaded = load_recipe(recipe, overrides or ())
     stored = (recipe / "recipe.yaml").is_file()
     folder = out or (recipe if stored and (resume or dry_run) else Path("runs") / loaded.run.name)
@@ -91,8 +123,7 @@ def train(
             results = run_training(loaded, folder, resume=resume, quiet=quiet)
         except KeyboardInterrupt:
             kept = f"the last finished epoch is kept in {folder}; the same command with --resume carries on from there"
-            print(f"interrupted: {kept if is_begun(folder) else 'no epoch was finished yet'}", file=sys.stderr)
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+            raise _Interrupted(kept if is_begun(folder) else "no epoch was finished yet") from None
         if rank():
             return  # process 0 tells the results
     if finished:
@@ -190,7 +221,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ProfitError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_ERROR
+    except _Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except SystemExit as stop:  # the way typer ends, also after a usage error
+        if stop.code == EXIT_INTERRUPTED:
+            print("interrupted", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
 
