@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from profit.errors import ProfitError
+
 SUITES = {
     "ops": "the operators, forward and backward, on the layer shapes of the networks",
     "step": "a whole training step of a network",
@@ -30,16 +32,27 @@ _STARTED = "PROFIT_BENCHMARK_STARTED"
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one suite; without a known one, list them and return 2."""
+    """Run one suite, or list them; 2 for one that is not known or an error told in one line, 130 for Ctrl-C."""
     if argv and argv[0] in SUITES:
-        if argv[0] in TIMED and _STARTED not in os.environ:
-            return _in_tuned_process(argv)
-        return import_module(f"benchmarks.{argv[0]}").main(list(argv[1:]))
+        try:
+            return _run(argv)
+        except ProfitError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
     lines = [f"  {name:<10} {text}" for name, text in SUITES.items()]
     asked = not argv or argv[0] in ("-h", "--help")
     first = "usage: python -m benchmarks SUITE [arguments]" if asked else f"error: there is no suite {argv[0]!r}"
     print("\n".join([first, "suites:", *lines]), file=sys.stdout if asked else sys.stderr)
-    return 0 if asked and argv else 2
+    return 0 if asked else 2
+
+
+def _run(argv: Sequence[str]) -> int:
+    if argv[0] in TIMED and _STARTED not in os.environ:
+        return _in_tuned_process(argv)
+    return import_module(f"benchmarks.{argv[0]}").main(list(argv[1:]))
 
 
 def _in_tuned_process(argv: Sequence[str]) -> int:

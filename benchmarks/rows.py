@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 
+from profit.errors import ProfitError
 from profit.train.files import write_atomic
 from profit.train.results import git_commit, versions
 
@@ -62,6 +64,8 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.path is not None:
+            _check_writable(self.path)
         self._device_name, self._commit, self._versions = device_name(self.device), git_commit(), versions()
         self._created = datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -124,6 +128,18 @@ class Report:
             message = f"error: {self.failed} of {len(self.rows)} rows have no figure because they failed; see the table"
             print(message, file=sys.stderr)
         return 1 if self.failed else 0
+
+
+def _check_writable(path: Path) -> None:
+    """Raise ProfitError where no file can be made beside `path`: before anything is measured, not after."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ProfitError(f"cannot write {path}: {error.strerror or error}") from None
+    if path.exists() and not path.is_file():
+        raise ProfitError(f"cannot write {path}: it is no regular file")
 
 
 def device_name(device: str) -> str:

@@ -103,6 +103,8 @@ def train(
         raise RecipeError(f"--throughput {throughput}: give the images per second")
     loaded = load_recipe(recipe, overrides or ())
     stored = (recipe / "recipe.yaml").is_file()
+    if stored and not (out or resume or dry_run):
+        raise RecipeError(f"{recipe} is a run folder: --resume carries the run on, --out DIR trains its recipe again")
     folder = out or (recipe if stored and (resume or dry_run) else Path("runs") / loaded.run.name)
     if dry_run:
         from profit.train.dry_run import dry_run as plan

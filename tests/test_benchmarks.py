@@ -16,7 +16,14 @@ def test_an_unknown_suite_lists_the_known_ones(capsys) -> None:
     assert main(["speed"]) == 2
     error = capsys.readouterr().err
     assert "there is no suite 'speed'" in error and all(name in error for name in SUITES)
-    assert main(["--help"]) == 0 and main([]) == 2
+    assert main(["--help"]) == 0 and main([]) == 0
+
+
+def test_a_file_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, capfd) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["launches", "--toy", "--json", str(tmp_path / "file" / "x.json")]) == 2
+    out, err = capfd.readouterr()
+    assert err.startswith("error: cannot write ") and err.count("\n") == 1 and not out
 
 
 def test_interval_against_scipy(rng) -> None:

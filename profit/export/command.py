@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from zipfile import is_zipfile
 
 from torch import nn
 
@@ -33,6 +34,10 @@ def export_run(
         raise ExportError(f"--integer and --opset ({MIN_OPSET} to {MAX_OPSET}) belong to --format onnx")
     if format != "packed" and not restorable:
         raise ExportError("--no-restorable belongs to --format packed")
+    from ..train.runs import is_of_a_run
+
+    if is_of_a_run(out):
+        raise ExportError(f"--out {out} is a file that the run keeps for itself: choose another name")
     model, images = _network(run, checkpoint)
     full = sum(p.numel() * p.element_size() for p in model.state_dict().values())
     if format == "packed":
@@ -67,6 +72,8 @@ def verify_run(
 
     if images is not None and images < 1:
         raise ExportError(f"--images {images}: at least one image is needed")
+    if exported.suffix == ENDINGS["torch"] and exported.is_file() and not is_zipfile(exported):
+        raise ExportError(f"{exported} is no file that torch.export wrote")  # torch would print its own trace first
     model, _ = _network(run, checkpoint)
     recipe = load_recipe(run / RECIPE)
     data = create_data(recipe.data, seed=recipe.run.seed)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from profit.data import create_data
-from profit.errors import CheckpointError, DataError
+from profit.errors import CheckpointError, DataError, RecipeError
 from profit.quantize import quant_layers
 from profit.train.loop import evaluate
 from profit.train.network import load_network
@@ -25,19 +25,24 @@ def evaluate_run(
         folder: a run folder.
         checkpoint: None for the final model; `best`, `best_ema`, `last`, or the path of a weight file.
         data: None for the run's own; a folder of images or a data set name instead.
-        overrides: `section.key=value` texts on the run's recipe, such as `data.fold=1`.
+        overrides: `section.key=value` texts on the sections `data` and `run` of the run's recipe, such as `data.fold=1`.
 
     Returns:
         `{"weights", "bits", "data", "images", "unreadable", "loss", "accuracy"}`, accuracy in percent of the images that could
         be read.
 
     Raises:
-        CheckpointError: no run, or no such weights. DataError: data that cannot be used or have other classes.
+        CheckpointError: no run, or no such weights. DataError: data that cannot be used or have other classes. RecipeError: an
+            override that is none, or of what does not matter to a test.
     """
     folder = Path(folder)
     if not (folder / RECIPE).is_file():
         raise CheckpointError(f"{folder} is not a run folder: it has no {RECIPE}")
+    overrides = list(overrides)
     recipe = load_recipe(folder / RECIPE, overrides)
+    for text in overrides:
+        if text.strip().partition(".")[0] not in ("data", "run"):
+            raise RecipeError(f"--set {text}: a test of {folder} takes data.* and run.*, the network is the run's own")
     if data is not None:
         is_folder = Path(data).is_dir()
         chosen = replace(recipe.data, name="imagefolder" if is_folder else data, path=data if is_folder else None)

@@ -10,12 +10,15 @@ from profit.errors import ProfitError
 
 
 def write_atomic(path: str | Path, content: bytes | str) -> None:
-    """Replace `path` by `content`: temporary file beside it, fsync, rename, fsync of the folder.
+    """Replace `path` by `content`: temporary file beside it, fsync, rename, fsync of the folder. A link stays, its target is
+    replaced.
 
     Raises:
-        ProfitError: the folder cannot be written (full disk, no permission, ...).
+        ProfitError: the folder cannot be written (full disk, no permission, ...), or `path` is a folder, a device or a pipe.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise ProfitError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no regular file'}")
     temporary = path.with_name(f".{path.name}.tmp")
     data = content.encode() if isinstance(content, str) else content
     try:

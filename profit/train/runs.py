@@ -100,6 +100,15 @@ def is_begun(folder: Path) -> bool:
     return (folder / MODEL).is_file() or bool(checkpoints(folder / CHECKPOINTS))
 
 
+def is_of_a_run(path: Path) -> bool:
+    """Whether a run folder keeps such a file itself, so that nothing else may be written there."""
+    path = Path(os.path.realpath(path))
+    own = path.parent / RECIPE if path.name in (RECIPE, RESULTS, MODEL, TEACHER) else None
+    if path.parent.name == CHECKPOINTS:
+        own = path.parent.parent / RECIPE
+    return own is not None and own.is_file()
+
+
 def newest_checkpoint(folder: Path) -> tuple[str | None, list[str]]:
     """The name of the newest undamaged checkpoint of a run (None if it has none yet), and a warning for each damaged one.
 
@@ -137,8 +146,10 @@ def resolve_weights(folder: Path, which: str | None) -> Path:
     named = folder / CHECKPOINTS / f"{which}.json"
     if named.is_file():
         return named.with_suffix(".safetensors")
-    if Path(which).exists():
+    if Path(which).is_file():
         return Path(which)
+    if Path(which).is_dir():
+        raise CheckpointError(f"{which} is a folder: give a weight file, or best, best_ema or last of {folder}")
     known = ", ".join(sorted(path.stem for path in (folder / CHECKPOINTS).glob("*.json"))) or "none"
     raise CheckpointError(f"there is no checkpoint {which}; this run has: {known}")
 

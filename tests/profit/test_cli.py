@@ -18,6 +18,7 @@ import yaml
 from torch import nn
 
 import profit.train.trainer as trainer
+from profit.__main__ import main as module_main
 from profit.cli import main
 
 from .train.tiny_run import VALUES
@@ -174,6 +175,18 @@ def test_a_wrong_checkpoint(recipe, tmp_path, capsys) -> None:
     assert "is not a readable .safetensors file" in _error(capsys, [*arguments, str(tmp_path / "broken.safetensors")])
     assert "there is no checkpoint worst" in _error(capsys, [*arguments, "worst"])
     assert "is not a run folder" in _error(capsys, ["evaluate", str(tmp_path)])
+    assert f"{tmp_path} is a folder: give a weight file" in _error(capsys, [*arguments, str(tmp_path)])
+    message = _error(capsys, ["evaluate", str(folder), "-s", "model.name=mobilenetv2_100"])
+    assert "takes data.* and run.*, the network is the run's own" in message
+    assert "is a run folder: --resume carries the run on" in _error(capsys, ["train", str(folder), "-q"])
+
+
+def test_options_of_a_dry_run(recipe, tmp_path, capsys) -> None:
+    for option in (["--images", "10"], ["--throughput", "3"]):
+        message = _error(capsys, ["train", recipe, "--out", str(tmp_path / "run"), *option])
+        assert f"{option[0]} is for --dry-run" in message
+    assert "--throughput inf" in _error(capsys, ["train", recipe, "--dry-run", "--images", "10", "--throughput", "inf"])
+    assert not (tmp_path / "run").exists()
 
 
 def test_interruption_before_and_after_the_first_epoch(recipe, tmp_path, capsys, monkeypatch) -> None:
@@ -209,9 +222,29 @@ def test_control_c_in_a_real_process(recipe, tmp_path) -> None:
     assert main(["evaluate", str(folder), "--checkpoint", "last"]) == 0
 
 
-def test_help_is_quick_and_names_every_command() -> None:
-    code = "import sys; from profit.cli import main; c = main(['--help']); sys.exit(c or int('timm' in sys.modules))"
+def test_help_loads_no_torch_and_names_every_command() -> None:
+    code = "import sys; from profit.__main__ import main; c = main([sys.argv[1]]); sys.exit(c or int('torch' in sys.modules))"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
-    assert result.returncode == 0, result.stderr
-    assert all(name in result.stdout for name in ("train", "evaluate", "report", "doctor"))
+    for option, words in (("-h", ("train", "evaluate", "report", "doctor")), ("--version", ("profit",))):
+        command = [sys.executable, "-c", code, option]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        assert result.returncode == 0, result.stderr
+        assert all(word in result.stdout for word in words)
+
+
+def test_control_c_while_a_command_loads(capsys, monkeypatch) -> None:
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("profit.cli.main", interrupted)
+    assert module_main(["doctor"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_control_c_in_a_command_that_keeps_nothing(capsys, monkeypatch) -> None:
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("profit.doctor.doctor", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err.strip() == "interrupted"

@@ -89,6 +89,12 @@ ERRORS = {
     "no file": (["verify", "OUT/a.onnx", "--against", "RUN/w4a4"], "there is no ONNX file"),
     "a weight file": (["verify", "RUN/w4a4/model.safetensors", "--against", "RUN/w4a4"], "is not a packed network"),
     "no images": (["verify", "OUT/a.onnx", "--against", "RUN/w4a4", "--images", "0"], "at least one image is needed"),
+    "not by torch.export": (["verify", "RUN/w4a4/recipe.yaml.pt2", "--against", "RUN/w4a4", "--trust"],
+                            "is no file that torch.export wrote"),
+    "over the run's weights": (["export", "RUN/w4a4", "--format", "packed", "--out", "RUN/w4a4/model.safetensors"],
+                               "is a file that the run keeps for itself: choose another name"),
+    "over a checkpoint": (["export", "RUN/w4a4", "--format", "packed", "--out", "RUN/fp/checkpoints/best.safetensors"],
+                          "is a file that the run keeps for itself"),
     "against nothing": (["verify", "OUT/a.onnx", "--against", "OUT"], "is not a run folder"),
 }  # fmt: skip
 
@@ -96,8 +102,10 @@ ERRORS = {
 @pytest.mark.parametrize("name", ERRORS)
 def test_mistakes_are_one_line(name, run, tmp_path, capsys):
     arguments, message = ERRORS[name]
+    (run / "w4a4/recipe.yaml.pt2").write_text((run / "w4a4/recipe.yaml").read_text())
+    before = (run / "w4a4/model.safetensors").read_bytes()
     filled = [a.replace("RUN", str(run)).replace("OUT", str(tmp_path)) for a in arguments]
     status, out, err = command(capsys, *filled)
     assert status == 2 and not out
     assert err.startswith("error: ") and len(err.splitlines()) == 1 and message in err
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir()) and (run / "w4a4/model.safetensors").read_bytes() == before

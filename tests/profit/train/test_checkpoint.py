@@ -88,6 +88,18 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch) -> None:
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, what in (("pipe", "no regular file"), (".", "a folder"), ("/dev/full", "no regular file")):
+        with pytest.raises(ProfitError, match=f"cannot write .*: it is {what}"):
+            write_atomic(tmp_path / path, "text")
+    target = tmp_path / "target"
+    target.write_text("old")
+    (tmp_path / "link").symlink_to(target)
+    write_atomic(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink() and target.read_text() == "new"
+
+
 def test_prune_keeps_the_newest_and_the_best(tmp_path) -> None:
     for name in ("epoch-00002", "epoch-00010", "epoch-00009", "best"):
         save_checkpoint(tmp_path / name, {"x": 1})
