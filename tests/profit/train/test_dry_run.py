@@ -118,14 +118,14 @@ def test_an_imagenet_recipe_runs_on_a_handful_of_images(tmp_path, rng) -> None:
 @pytest.mark.parametrize("name", IMAGENET)
 def test_imagenet_recipes_at_a_thousandth(name: str, tmp_path, rng) -> None:
     root = _image_folder(tmp_path / "data", 1281, 50, 10, rng)
-    # 41 steps an epoch, not 5000: the average of the weights must follow in as many epochs. No pretrained weights: the phase in
-    # full precision must train the network that the rest of the recipe quantizes.
-    few = ("ema.decay=0.96", "schedule.fp_epochs=4", "schedule.fp_lr=0.05")
+    # 41 steps an epoch, not 5000: the average of the weights must follow in as many epochs, and weights and intervals need
+    # higher rates, as in recipes/digits_w4a4.yaml. Full precision has to train what the pretrained weights would be.
+    few = ("ema.decay=0.96", "schedule.fp_epochs=4", "schedule.fp_lr=0.05", "schedule.lr=0.05", "schedule.interval_lr_mult=1.0")
     recipe = load_recipe(RECIPES / name, [*SMALL, *few, f"data.path={root}"])
     results = train(recipe, tmp_path / "run", quiet=True)
     assert len(results["phases"]) == len(load_recipe(RECIPES / name).schedule.phases)
     assert all(torch.isfinite(torch.tensor(phase["train_loss"])) for phase in results["phases"])
-    assert results["final"]["accuracy"] > 20, "ten colours; chance is 10"
+    assert results["final"]["accuracy"] > 30, "ten colours; chance is 10"
 
 
 def test_teachers_of_torchvision_and_timm() -> None:
