@@ -60,7 +60,11 @@ def _in_tuned_process(argv: Sequence[str]) -> int:
     from .timing import tuned_environment
 
     environment = {**tuned_environment(), _STARTED: "1"}
-    return subprocess.run([sys.executable, "-m", "benchmarks", *argv], env=environment, check=False).returncode
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks", *argv], env=environment)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # the terminal sent it to both; the other one says so
+        return process.wait()
 
 
 if __name__ == "__main__":
