@@ -139,7 +139,6 @@ def block_conv2d(
     op = "block_conv2d"
     groups = checks.check_convolution(op, x, weight, bias, groups)
     x = autocast(x)
-    check_norm(op, x, bn_weight, bn_bias, running_mean, running_var, training, eps, momentum)
     checks.check_sides(
         op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation, pad_value
     )
@@ -148,6 +147,7 @@ def block_conv2d(
     settings = (act_bits, signed, offset, activation)
     border = offset if pad_value is None else pad_value
     geometry = (*checks.geometry(op, x, weight, stride, padding, dilation), groups, border)
+    check_norm(op, x, bn_weight, bn_bias, running_mean, running_var, training, eps, momentum)
     if dispatch.choose("block", x) == "reference":
         v = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
         return _in_parts(v, weight, a_x, c_x, a_w, c_w, bias, weight_bits, settings, geometry)
