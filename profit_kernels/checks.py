@@ -30,7 +30,8 @@ def check_float(op: str, name: str, value: Tensor) -> None:
 
 def check_beside(op: str, x: Tensor, name: str, value: Tensor) -> None:
     """`check_float`, and ValueError unless `value` is where the input x is: a kernel would read foreign memory."""
-    check_float(op, name, value)
+    if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+        check_float(op, name, value)
     if value.device != x.device:
         raise ValueError(f"{op}: {name} is on {value.device}, the input on {x.device}; move them to one device")
 
@@ -42,8 +43,8 @@ def check_flag(op: str, name: str, value: bool) -> None:
 
 def check_number(op: str, name: str, value: float) -> None:
     """Raise TypeError unless `value` is a number, ValueError unless it is finite."""
-    real = isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) or isinstance(value, numbers.Real)
-    if not real or isinstance(value, bool):
+    known = isinstance(value, (float, int, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
+    if not known and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{op}: {name} must be finite, got {value}")
@@ -115,21 +116,19 @@ def check_sides(
 
 def _integer(value: Any) -> int | None:
     """`value` as the schemas take an integer (numpy's included); None if it is none."""
-    if isinstance(value, bool):
-        return None
     if isinstance(value, (int, torch.SymInt)):
-        return value
+        return None if isinstance(value, bool) else value
     return int(value) if isinstance(value, numbers.Integral) else None
 
 
-def _integers(value: Any) -> tuple[int | None, ...]:
-    """The integers in `value`, one or several; None stands for what is no integer."""
+def _integers(value: Any) -> tuple[int | None, ...] | int | None:
+    """`value` as an integer or several; None stands for what is no integer."""
+    if isinstance(value, (tuple, list)):
+        return tuple([v if type(v) is int else _integer(v) for v in value])
     one = _integer(value)
-    if one is not None:
-        return (one,)
-    if isinstance(value, (str, Tensor)) or not isinstance(value, Iterable):
-        return (None,)
-    return tuple(_integer(v) for v in value)
+    if one is not None or isinstance(value, (str, Tensor)) or not isinstance(value, Iterable):
+        return one
+    return tuple([_integer(v) for v in value])
 
 
 def whole(op: str, name: str, value: int, minimum: int) -> int:
@@ -141,30 +140,31 @@ def whole(op: str, name: str, value: int, minimum: int) -> int:
     return found
 
 
+def _refuse(values: tuple[int | None, ...] | int | None, message: str) -> None:
+    raise (TypeError if values is None or isinstance(values, tuple) and None in values else ValueError)(message)
+
+
 def pair(op: str, name: str, value: int | Sequence[int], minimum: int) -> tuple[int, int]:
-    values = _integers(value)
-    if len(values) == 1 and not isinstance(value, Iterable):
-        values *= 2
-    message = f"{op}: {name} must be an integer or a pair of integers >= {minimum}, got {value!r}"
-    if None in values:
-        raise TypeError(message)
-    if len(values) != 2 or values[0] < minimum or values[1] < minimum:
-        raise ValueError(message)
+    values = found = _integers(value)
+    if found is not None and not isinstance(found, tuple):
+        values = (found, found)
+    if values is None or None in values or len(values) != 2 or values[0] < minimum or values[1] < minimum:
+        _refuse(found, f"{op}: {name} must be an integer or a pair of integers >= {minimum}, got {value!r}")
     return values
 
 
 def pads(op: str, padding: int | Sequence[int]) -> tuple[int, int, int, int]:
     """(left, right, top, bottom), as torch.nn.functional.pad takes them, from p, (ph, pw) or the four themselves."""
-    values = _integers(padding)
-    if len(values) == 1 and not isinstance(padding, Iterable):
-        values *= 4
-    elif len(values) == 2:
-        values = (values[1], values[1], values[0], values[0])
-    message = f"{op}: padding must be p, (ph, pw) or (left, right, top, bottom) with no negative value, got {padding!r}"
-    if None in values:
-        raise TypeError(message)
-    if len(values) != 4 or any(v < 0 for v in values):
-        raise ValueError(message)
+    values = found = _integers(padding)
+    if found is not None and not isinstance(found, tuple):
+        values = (found,) * 4
+    elif found is not None and len(found) == 2:
+        values = (found[1], found[1], found[0], found[0])
+    if values is None or None in values or len(values) != 4 or min(values) < 0:
+        _refuse(
+            found,
+            f"{op}: padding must be p, (ph, pw) or (left, right, top, bottom) with no negative value, got {padding!r}",
+        )
     return values
 
 
@@ -173,8 +173,8 @@ def output_size(
 ) -> tuple[int, int]:
     """(H_out, W_out) for pads = (left, right, top, bottom). Raises ValueError where the kernel finds no place."""
     left, right, top, bottom = pads
-    rows, columns = x.shape[2], x.shape[3]
-    taps_h, taps_w = weight.shape[2], weight.shape[3]
+    _, _, rows, columns = x.shape
+    _, _, taps_h, taps_w = weight.shape
     if rows < 1 or columns < 1 or taps_h < 1 or taps_w < 1:
         raise ValueError(
             f"{op}: image and kernel must have a height and a width, got {rows} x {columns} and {taps_h} x {taps_w}"

@@ -25,7 +25,13 @@ def _(x, eps):
     return tuple(x.new_empty(x.shape[1], dtype=compute_dtype(x)) for _ in range(3))
 
 
-_HALVES = (torch.bfloat16, torch.float16)
+# Dtype of the input -> those of BatchNorm's tensors, as torch.nn.functional.batch_norm takes them.
+_PARAMETERS = {
+    torch.float32: (torch.float32,),
+    torch.float64: (torch.float64,),
+    torch.bfloat16: (torch.float32, torch.bfloat16),
+    torch.float16: (torch.float32, torch.float16),
+}
 _NAMES = ("BatchNorm's weight", "BatchNorm's bias", "BatchNorm's running_mean", "BatchNorm's running_var")
 
 
@@ -41,21 +47,22 @@ def check_norm(
     checks.check_number(op, "eps", eps)
     if eps <= 0:
         raise ValueError(f"{op}: eps must be above 0, got {eps}")
-    shape, dtype = x.shape[1:2], None
+    shape, device, allowed, dtype = x.shape[1:2], x.device, _PARAMETERS[x.dtype], None
     for name, value in zip(_NAMES, (weight, bias, running_mean, running_var), strict=True):
         if value is None:
             continue
-        checks.check_beside(op, x, name, value)
+        if not isinstance(value, Tensor) or value.device != device:
+            checks.check_beside(op, x, name, value)
         if value.shape != shape:
             raise ValueError(f"{op}: {name} must have shape [{x.shape[1]}], got {tuple(value.shape)}")
-        # What torch.nn.functional.batch_norm takes.
-        fits = value.dtype == x.dtype or (value.dtype == torch.float32 and x.dtype in _HALVES)
-        if not fits or dtype not in (None, value.dtype):
+        found = value.dtype
+        if found not in allowed or (dtype is not None and found != dtype):
+            checks.check_float(op, name, value)
             raise TypeError(
                 f"{op}: BatchNorm's tensors must be of one dtype, that of the input ({x.dtype}) or, beside half precision, "
-                f"float32; {name} is {value.dtype}"
+                f"float32; {name} is {found}"
             )
-        dtype = value.dtype
+        dtype = found
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{op}: running_mean and running_var go together, one of them is None")
     if not training and running_mean is None:
