@@ -70,6 +70,8 @@ def set_backend(name: str, ops: Iterable[str] | None = None) -> None:
 
     Raises ValueError for an unknown backend or operator. Whether the backend can serve a call is known at the call.
     """
+    if isinstance(ops, str):
+        raise TypeError(f"ops must be a list of operators, got the string {ops!r}: write ops=[{ops!r}]")
     _choice.update(_validated(name, OPS if ops is None else tuple(ops)))
 
 

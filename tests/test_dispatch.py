@@ -89,3 +89,8 @@ def test_available_backends():
 def test_bad_arguments_of_the_quantizer(arguments, error, message):
     with pytest.raises(error, match=message):
         pk.duq_fake_quantize(**({"x": X, "a": ONE, "c": ONE, "bits": 4} | arguments))
+
+
+def test_a_string_for_a_list_of_operators():
+    with pytest.raises(TypeError, match=r"ops must be a list of operators, got the string 'duq': write ops=\['duq'\]"):
+        pk.set_backend("cpp", ops="duq")

@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "../common/check.h"
 #include "aiwq_moments.h"
 #include "depthwise_input.h"
 
@@ -96,7 +97,7 @@ Tensor aiwq_kl(Tensor y_new, Tensor y_old, double eps) {
   check_output(y_new);
   check_output(y_old);
   for (int64_t d = 0; d < 4; ++d) {
-    STD_TORCH_CHECK(y_new.size(d) == y_old.size(d), "aiwq: both outputs must have one shape");
+    PROFIT_CHECK(y_new.size(d) == y_old.size(d), "aiwq: both outputs must have one shape");
   }
   return kl(moments(y_new), moments(y_old), eps);
 }
@@ -121,7 +122,7 @@ Tensor aiwq_depthwise(
     std::optional<Tensor> beta) {
   const Geometry g = geometry(x, weight_old, stride, padding, dilation);
   check_output(y_new);
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(
       y_new.size(0) == g.images && y_new.size(1) == g.channels() && y_new.size(2) == g.out_height &&
           y_new.size(3) == g.out_width,
       "aiwq: y_new must have the shape of the layer's output");

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../common/check.h"
 #include "depthwise_plan.h"
 
 namespace profit::cpu {
@@ -56,8 +57,8 @@ class TaskSums {
 
 inline void check_output(const Tensor& y) {
   const auto type = y.scalar_type();
-  STD_TORCH_CHECK(y.dim() == 4 && y.is_cpu(), "aiwq: outputs must be [N, C, H, W] on the CPU");
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(y.dim() == 4 && y.is_cpu(), "aiwq: outputs must be [N, C, H, W] on the CPU");
+  PROFIT_CHECK(
       type == torch::headeronly::ScalarType::Float || type == torch::headeronly::ScalarType::BFloat16 || type == torch::headeronly::ScalarType::Half,
       "aiwq: outputs must be float32, bfloat16 or float16");
 }

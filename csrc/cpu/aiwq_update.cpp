@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <array>
 
+#include "../common/check.h"
 #include "aiwq.h"
 #include "aiwq_update.h"
 
@@ -260,15 +261,15 @@ std::optional<Tensor> aiwq_update(
     bool is_signed, double offset, int64_t activation, double eps, std::optional<Tensor> mean, std::optional<Tensor> invstd,
     std::optional<Tensor> gamma, std::optional<Tensor> beta) {
   check_output(y_new);
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(
       x.dim() == 4 && x.scalar_type() == ScalarType::Float && y_new.scalar_type() == ScalarType::Float,
       "aiwq: x and y_new must be [N, C, H, W] in float32");
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(
       weight_old.dim() == 4 && weight_old.numel() == weight_new.numel() && weight_old.size(0) == weight_new.size(0) &&
           weight_old.size(0) == y_new.size(1),
       "aiwq: both weights must have the shape of the layer's");
   const bool is_depthwise = groups == x.size(1) && weight_old.size(1) == 1;
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(
       is_depthwise || (groups == 1 && weight_old.size(1) == x.size(1) && weight_old.size(2) == 1 &&
                        weight_old.size(3) == 1 && stride.size() == 2 && padding == std::vector<int64_t>(4, 0) &&
                        y_new.size(0) == x.size(0) && y_new.size(2) == ceil_div(x.size(2), stride[0]) &&
@@ -302,7 +303,7 @@ std::optional<Tensor> aiwq_update(
   std::vector<float> shift = first_values(y_new, plain_kernels(ScalarType::Float));
   if (is_depthwise) {
     const Geometry g = geometry(x, weight_old, stride, padding, dilation);
-    STD_TORCH_CHECK(
+    PROFIT_CHECK(
         y_new.size(0) == g.images && y_new.size(2) == g.out_height && y_new.size(3) == g.out_width,
         "aiwq: y_new must have the shape of the layer's output");
     const RowKernels kernels = row_kernels(ScalarType::Float, wanted, input.activation, input.quantizer, g.row_taps());

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/check.h"
 #include "../common/layout.h"
 #include "block_kernels.h"
 #include "block_walk.h"
@@ -25,11 +26,11 @@ constexpr int64_t kAdditions = 64;
 
 void check_input(const Tensor& x) {
   const auto type = x.scalar_type();
-  STD_TORCH_CHECK(x.dim() == 4, "block: x must be [N, C, H, W]");
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(x.dim() == 4, "block: x must be [N, C, H, W]");
+  PROFIT_CHECK(
       type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
       "block: x must be float32, bfloat16 or float16");
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(
       x.is_contiguous() || (is_dense(x) && (x.size(1) == 1 || x.stride(1) == 1)),
       "block: x must be contiguous or channels_last");
 }
@@ -234,7 +235,7 @@ std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, 
     std::optional<Tensor> beta, std::optional<Tensor> a, std::optional<Tensor> c, std::optional<int64_t> bits, bool is_signed,
     double offset, int64_t activation, bool of_batch) {
   check_input(x);
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(
       grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel() && same_strides(grad, x) &&
           gx.scalar_type() == x.scalar_type() && gx.numel() == x.numel() && same_strides(gx, x),
       "block: grad and gx must have the shape, dtype and strides of x");

@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "../common/check.h"
 #include "../common/layout.h"
 #include "depthwise_input.h"
 #include "depthwise_plan.h"
@@ -20,7 +21,7 @@ using torch::headeronly::ScalarType;
 
 Tensor quantized_weight(
     const Tensor& weight, const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits) {
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(
       !bits.has_value() || (2 <= *bits && *bits <= 8 && a.has_value() && c.has_value()),
       "depthwise: weight_bits must be 2 to 8 and needs the interval a and the scale c");
   return bits.has_value() ? duq_forward(weight, *a, *c, *bits, true, 0.0, static_cast<int64_t>(Activation::none)) : weight;
@@ -162,7 +163,7 @@ DepthwiseGradients depthwise_backward(
     const Tensor& grad, const Tensor& x, const InputSide& input, const Tensor& weight, const std::optional<Tensor>& bias,
     const Convolution& convolution, bool need_weight) {
   const Geometry g = geometry(x, weight, convolution.stride, convolution.padding, convolution.dilation);
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(
       grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.dim() == 4 && grad.size(0) == g.images &&
           grad.size(1) == g.channels() && grad.size(2) == g.out_height && grad.size(3) == g.out_width,
       "depthwise: grad must have the shape of the output and the dtype of x");

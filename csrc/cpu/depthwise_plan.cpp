@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../common/check.h"
+
 namespace profit::cpu {
 
 using torch::headeronly::ScalarType;
@@ -20,23 +22,23 @@ Geometry geometry(
     const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
     const std::vector<int64_t>& dilation) {
   const auto type = x.scalar_type();
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(
       type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
       "depthwise: x must be float32, bfloat16 or float16");
-  STD_TORCH_CHECK(x.dim() == 4, "depthwise: x must be [N, C, H, W], got ", x.dim(), " dimensions");
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(x.dim() == 4, "depthwise: x must be [N, C, H, W], got ", x.dim(), " dimensions");
+  PROFIT_CHECK(
       weight.dim() == 4 && weight.size(1) == 1 && x.size(1) > 0 && weight.size(0) > 0 &&
           weight.size(0) % x.size(1) == 0 && weight.size(2) > 0 && weight.size(3) > 0,
       "depthwise: weight must be [C_out, 1, kh, kw] with C_out a multiple of the ", x.size(1), " channels of x");
-  STD_TORCH_CHECK(weight.is_cpu(), "depthwise: weight must be on the CPU, where x is");
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(weight.is_cpu(), "depthwise: weight must be on the CPU, where x is");
+  PROFIT_CHECK(
       stride.size() == 2 && dilation.size() == 2 && padding.size() == 4,
       "depthwise: stride and dilation must be (h, w), padding (left, right, top, bottom)");
   for (const auto* list : {&stride, &dilation}) {
-    STD_TORCH_CHECK((*list)[0] >= 1 && (*list)[1] >= 1, "depthwise: stride and dilation must be at least 1");
+    PROFIT_CHECK((*list)[0] >= 1 && (*list)[1] >= 1, "depthwise: stride and dilation must be at least 1");
   }
   for (const int64_t p : padding) {
-    STD_TORCH_CHECK(p >= 0, "depthwise: padding must not be negative, got ", p);
+    PROFIT_CHECK(p >= 0, "depthwise: padding must not be negative, got ", p);
   }
   Geometry g;
   g.images = x.size(0);
@@ -56,7 +58,7 @@ Geometry geometry(
   g.bottom = padding[3];
   const int64_t free_h = g.padded_height() - g.dilation_h * (g.kh - 1) - 1;
   const int64_t free_w = g.padded_width() - g.dilation_w * (g.kw - 1) - 1;
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(
       free_h >= 0 && free_w >= 0, "depthwise: the kernel, ", g.kh, " x ", g.kw, " with dilation ", g.dilation_h, " x ",
       g.dilation_w, ", is larger than the padded input, ", g.padded_height(), " x ", g.padded_width());
   g.out_height = free_h / g.stride_h + 1;

@@ -16,6 +16,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../common/check.h"
 #include "duq_walk.h"
 #include "isa.h"
 #include "parameters.h"
@@ -67,19 +68,19 @@ constexpr Settings kWeight = {true, 0.0, Activation::none};
 
 void check(const Tensor& x, const Tensor& a, const Tensor* c, int64_t bits, Activation activation) {
   const auto type = x.scalar_type();
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(
       type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half ||
           type == ScalarType::Double,
       "duq: x must be float32, bfloat16, float16 or float64");
-  STD_TORCH_CHECK(2 <= bits && bits <= 8, "duq: bits must be 2 to 8, got ", bits);
+  PROFIT_CHECK(2 <= bits && bits <= 8, "duq: bits must be 2 to 8, got ", bits);
   const auto act = static_cast<int64_t>(activation);
-  STD_TORCH_CHECK(0 <= act && act <= 3, "duq: unknown activation ", act);
+  PROFIT_CHECK(0 <= act && act <= 3, "duq: unknown activation ", act);
   for (const Tensor* p : {&a, c}) {
     if (p == nullptr) {
       continue;
     }
-    STD_TORCH_CHECK(p->is_cpu(), "duq: a and c must be on the CPU, where x is");
-    STD_TORCH_CHECK(
+    PROFIT_CHECK(p->is_cpu(), "duq: a and c must be on the CPU, where x is");
+    PROFIT_CHECK(
         p->numel() == 1 || (x.dim() > 0 && p->numel() == x.size(0)),
         "duq: a and c must hold one value, or one per index of dimension 0 of x; got ", p->numel());
   }
@@ -89,9 +90,10 @@ void check(const Tensor& x, const Tensor& a, const Tensor* c, int64_t bits, Acti
 template <typename T>
 std::vector<Quantizer<T>> quantizers(const Tensor& a, const Tensor* c, int64_t bits, const Settings& settings) {
   const std::vector<T> A = values<T>(a), C = c == nullptr ? std::vector<T>{T(0)} : values<T>(*c);
+  const size_t count = A.empty() || C.empty() ? 0 : std::max(A.size(), C.size());  // 0: x has no channels
   std::vector<Quantizer<T>> result;
-  result.reserve(std::max(A.size(), C.size()));
-  for (size_t i = 0; i < std::max(A.size(), C.size()); ++i) {
+  result.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
     result.emplace_back(
         softplus(A[A.size() > 1 ? i : 0]), softplus(C[C.size() > 1 ? i : 0]), bits, settings.is_signed, settings.offset);
   }
@@ -206,22 +208,22 @@ auto dispatch(const Tensor& x, const F& f) {
 }
 
 void check_grad(const Tensor& grad, const Tensor& x) {
-  STD_TORCH_CHECK(grad.is_cpu() && grad.scalar_type() == x.scalar_type(), "duq: grad must have the dtype of x");
+  PROFIT_CHECK(grad.is_cpu() && grad.scalar_type() == x.scalar_type(), "duq: grad must have the dtype of x");
   bool same = grad.dim() == x.dim();
   for (int64_t d = 0; same && d < x.dim(); ++d) {
     same = grad.size(d) == x.size(d);
   }
-  STD_TORCH_CHECK(same, "duq: grad must have the shape of x");
+  PROFIT_CHECK(same, "duq: grad must have the shape of x");
 }
 
 void check_weights(
     const std::vector<Tensor>& weights, const std::vector<Tensor>& a, const std::vector<Tensor>& c,
     const std::vector<int64_t>& bits) {
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(
       a.size() == weights.size() && c.size() == weights.size() && bits.size() == weights.size(),
       "duq: weights, a, c and bits must have one length");
   for (size_t i = 0; i < weights.size(); ++i) {
-    STD_TORCH_CHECK(
+    PROFIT_CHECK(
         weights[i].is_cpu() && weights[i].scalar_type() == weights[0].scalar_type(),
         "duq: the weights must be on the CPU and of one dtype");
     check(weights[i], a[i], &c[i], bits[i], Activation::none);
@@ -259,7 +261,7 @@ std::vector<Tensor> duq_weights_backward(
     std::vector<Tensor> grads, std::vector<Tensor> weights, std::vector<Tensor> a, std::vector<Tensor> c,
     std::vector<int64_t> bits) {
   check_weights(weights, a, c, bits);
-  STD_TORCH_CHECK(grads.size() == weights.size(), "duq: grads and weights must have one length");
+  PROFIT_CHECK(grads.size() == weights.size(), "duq: grads and weights must have one length");
   for (size_t i = 0; i < weights.size(); ++i) {
     check_grad(grads[i], weights[i]);
   }
@@ -274,7 +276,7 @@ bool duq_codes(
     Tensor x, Tensor a, int64_t bits, bool is_signed, double offset, int64_t activation, Tensor codes) {
   const Settings settings = {is_signed, offset, static_cast<Activation>(activation)};
   check(x, a, nullptr, bits, settings.activation);
-  STD_TORCH_CHECK(
+  PROFIT_CHECK(
       codes.is_cpu() && codes.scalar_type() == (is_signed ? ScalarType::Char : ScalarType::Byte) &&
           codes.dim() == x.dim() && codes.numel() == x.numel() && is_dense(x) && same_strides(x, codes) &&
           (a.numel() == 1 || dim0_is_outermost(x)),

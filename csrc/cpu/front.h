@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "../common/check.h"
 #include "duq.h"
 #include "parameters.h"
 
@@ -25,14 +26,14 @@ struct Front {
       const std::optional<Tensor>& gamma = {}, const std::optional<Tensor>& beta = {})
       : present(mean_.has_value()), mean(channels, 0.0f), invstd(channels, 1.0f), alpha(channels, 1.0f), shift(channels, 0.0f) {
     for (const auto* t : {&mean_, &invstd_, &gamma, &beta}) {
-      STD_TORCH_CHECK(
+      PROFIT_CHECK(
           !t->has_value() || (*t)->numel() == channels, "block: BatchNorm must have one value for each of the ", channels,
           " channels of x");
     }
     if (!present) {
       return;
     }
-    STD_TORCH_CHECK(invstd_.has_value(), "block: mean needs invstd");
+    PROFIT_CHECK(invstd_.has_value(), "block: mean needs invstd");
     mean = values<float>(*mean_);
     invstd = values<float>(*invstd_);
     const std::vector<float> g = gamma.has_value() ? values<float>(*gamma) : std::vector<float>(channels, 1.0f);
@@ -55,11 +56,11 @@ struct InputSide {
       const char* op, Front front, const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits,
       bool is_signed, double offset, int64_t activation)
       : front(std::move(front)), quantizer(), quantized(bits.has_value()), activation(static_cast<Activation>(activation)) {
-    STD_TORCH_CHECK(0 <= activation && activation <= 3, op, ": unknown activation ", activation);
+    PROFIT_CHECK(0 <= activation && activation <= 3, op, ": unknown activation ", activation);
     if (quantized) {
-      STD_TORCH_CHECK(2 <= *bits && *bits <= 8, op, ": act_bits must be 2 to 8, got ", *bits);
-      STD_TORCH_CHECK(a.has_value() && c.has_value(), op, ": act_bits needs the interval a and the scale c");
-      STD_TORCH_CHECK(a->numel() == 1 && c->numel() == 1, op, ": the input has one interval and one scale");
+      PROFIT_CHECK(2 <= *bits && *bits <= 8, op, ": act_bits must be 2 to 8, got ", *bits);
+      PROFIT_CHECK(a.has_value() && c.has_value(), op, ": act_bits needs the interval a and the scale c");
+      PROFIT_CHECK(a->numel() == 1 && c->numel() == 1, op, ": the input has one interval and one scale");
       quantizer = {softplus(values<float>(*a)[0]), softplus(values<float>(*c)[0]), *bits, is_signed, offset};
     }
   }

@@ -35,10 +35,11 @@ struct Quantizer {
 };
 
 // As torch.nn.functional.softplus of a double: the identity above 20. A float goes through double, so that every backend has
-// the same bits, which decide the codes.
+// the same bits, which decide the codes. At least 2^-100, in every backend: by an interval of 0 a quotient would be NaN.
 template <typename T>
 T softplus(T v) {
-  return v > T(20) ? v : static_cast<T>(std::log1p(std::exp(static_cast<double>(v))));
+  const T value = v > T(20) ? v : static_cast<T>(std::log1p(std::exp(static_cast<double>(v))));
+  return value < T(0x1p-100) ? T(0x1p-100) : value;  // a NaN stays
 }
 
 inline double sigmoid(double v) { return 1.0 / (1.0 + std::exp(-v)); }

@@ -76,6 +76,31 @@ def _(x, y_new, *rest, **more):
     return y_new.new_empty(y_new.shape[1], dtype=torch.float32)
 
 
+def check_eps(op: str, eps: float) -> None:
+    checks.check_number(op, "eps", eps)
+    if eps < 0:
+        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
+
+
+def check_layer(
+    op: str, x: Tensor, y_new: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any,
+    groups: int, pad_value: float, a_x: Tensor | None, c_x: Tensor | None, act_bits: int | None, signed: bool, offset: float,
+    activation: str,
+) -> tuple[list[int], list[int], list[int], int]:  # fmt: skip
+    """Raise ValueError or TypeError unless y_new may be the output of such a layer; returns geometry and groups."""
+    groups = checks.check_convolution(op, x, weight, bias, groups)
+    checks.check_beside(op, x, "y_new", y_new)
+    checks.check_number(op, "pad_value", pad_value)
+    checks.check_sides(
+        op, x, weight, a_x, c_x, None, None, act_bits, None, signed, offset, activation, pad_value
+    )
+    geometry = checks.geometry(op, x, weight, stride, padding, dilation)
+    expected = (x.shape[0], weight.shape[0], *checks.output_size(op, x, weight, *geometry))
+    if tuple(y_new.shape) != expected:
+        raise ValueError(f"{op}: y_new must be this layer's output {expected}, got {tuple(y_new.shape)}")
+    return *geometry, groups
+
+
 def aiwq_kl(y_new: Tensor, y_old: Tensor, *, eps: float = EPS) -> Tensor:
     """KL divergence of new from old outputs, per channel.
 
@@ -84,9 +109,12 @@ def aiwq_kl(y_new: Tensor, y_old: Tensor, *, eps: float = EPS) -> Tensor:
         eps: added to both variances.
 
     Returns: [C], float32, no gradient. A channel with NaN, or with a single sample, is NaN.
-    Raises: ValueError if the shapes differ.
+    Raises: ValueError if the shapes or devices differ; TypeError for what is no float tensor.
     Source: PROFIT (Park & Yoo, ECCV 2020), section 3.2; docs/maths.md, section 3.
     """
+    check_eps("aiwq_kl", eps)
+    checks.check_float("aiwq_kl", "y_new", y_new)
+    checks.check_beside("aiwq_kl", y_new, "y_old", y_old)
     if y_new.shape != y_old.shape or y_new.dim() < 2:
         raise ValueError(
             f"aiwq_kl: both outputs must have one shape [N, C, ...], got {tuple(y_new.shape)} and {tuple(y_old.shape)}"
@@ -130,17 +158,18 @@ def aiwq_conv2d(
             of this x, or None. Nothing is changed in it.
 
     Returns: [C_out], float32, no gradient; unclamped. NaN as aiwq_kl.
-    Raises: ValueError for arguments out of their range.
+    Raises: ValueError or TypeError for arguments that do not fit, y_new included.
     """
     op = "aiwq_conv2d"
-    if act_bits is not None:
-        if a_x is None or c_x is None:
-            raise ValueError(f"{op}: act_bits={act_bits} needs a_x and c_x")
-        checks.check_quantizer(op, x, a_x, c_x, act_bits, signed, offset, activation)
-        a_x, c_x = a_x.detach(), c_x.detach()
-    geometry = checks.geometry(op, stride, padding, dilation)
+    check_eps(op, eps)
+    *geometry, groups = check_layer(
+        op, x, y_new, weight_old, bias, stride, padding, dilation, groups, pad_value,
+        a_x, c_x, act_bits, signed, offset, activation,
+    )  # fmt: skip
+    a_x, c_x = (None if raw is None else raw.detach() for raw in (a_x, c_x))
     bias = None if bias is None else bias.detach()
     if weight_new is not None:
+        checks.check_beside(op, x, "weight_new", weight_new)
         if weight_new.shape != weight_old.shape:
             raise ValueError(
                 f"{op}: both weights must have one shape, got {tuple(weight_new.shape)} and {tuple(weight_old.shape)}"
@@ -165,7 +194,7 @@ def _constants(
     x, of_x, bn_weight, bn_bias, running_mean, running_var, *, training, eps=1e-5
 ) -> dict[str, Tensor | None]:
     """What a kernel needs of a BatchNorm: its statistics (those of x, where known) and its parameters."""
-    check_norm("aiwq_conv2d", x, bn_weight, bn_bias, running_mean, running_var, training)
+    check_norm("aiwq_conv2d", x, bn_weight, bn_bias, running_mean, running_var, training, eps)
     mean, invstd = of_x or statistics(x, running_mean, running_var, training, None, eps)
     parameters = (None if t is None else t.detach() for t in (bn_weight, bn_bias))
     return dict(zip(("mean", "invstd", "gamma", "beta"), (mean, invstd, *parameters), strict=True))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .op import EPS
+from .op import EPS, check_layer
 
 ROWS = ("n", "mean_new", "m2_new", "mean_old", "m2_old")
 
@@ -34,10 +34,11 @@ def aiwq_conv2d_moments(
     Args: as `aiwq_conv2d`, padding as (left, right, top, bottom).
     Returns: [5, C_out] float64, rows as in `ROWS`.
     """
-    y_old = reference.old_output(
-        x, y_new, weight_old, bias, list(stride), list(padding), list(dilation), groups, pad_value,
-        a_x, c_x, act_bits, signed, offset, activation,
-    )  # fmt: skip
+    rest = (a_x, c_x, act_bits, signed, offset, activation)
+    geometry = check_layer(
+        "aiwq_conv2d_moments", x, y_new, weight_old, bias, stride, padding, dilation, groups, pad_value, *rest
+    )
+    y_old = reference.old_output(x, y_new, weight_old, bias, *geometry, pad_value, *rest)
     count = y_new.numel() // max(y_new.shape[1], 1)
     rows = [y_new.new_full((y_new.shape[1],), count, dtype=torch.float64)]
     for y in (y_new, y_old):

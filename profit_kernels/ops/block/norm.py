@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import dispatch
-from ..duq.reference import ACTIVATIONS, activate
+from ... import checks, dispatch
+from ..duq.reference import activate
 from . import cpp, reference
 from .autograd import differentiable
 from .reference import Norm, Quantizer
@@ -77,13 +77,13 @@ def batch_norm_act(
         activation: "none", "relu", "relu6" or "hardswish".
 
     Returns: like x. BatchNorm's result stays in float32 on the way to the activation, also where x is in half precision.
-    Raises: ValueError for shapes that do not fit or an unknown activation; BackendError if the backend asked for cannot serve.
+    Raises: ValueError or TypeError for arguments that do not fit; BackendError if the backend asked for cannot serve.
     Source: docs/maths.md, section 1.
     """
     op = "batch_norm_act"
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    check_norm(op, x, weight, bias, running_mean, running_var, training)
+    checks.check_activation(op, activation)
+    checks.check_float(op, "the input", x)
+    check_norm(op, x, weight, bias, running_mean, running_var, training, eps, momentum)
     if dispatch.choose("block", x) == "reference":
         v = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         # F.hardswish, as the modules have it: nothing is quantized here.

@@ -117,7 +117,7 @@ def block_conv2d(
 
     Args:
         x: [N, C, H, W], the tensor that enters BatchNorm; any float dtype, NCHW or channels_last.
-        bn_weight, bn_bias: [C] or None.
+        bn_weight, bn_bias: [C] or None; BatchNorm's tensors are of the dtype of x, or float32 beside half precision.
         running_mean, running_var: [C] or None; changed in place when `training`, as torch.nn.functional.batch_norm does.
         weight: [C_out, C / groups, kh, kw]. bias: [C_out] or None.
         a_x, c_x: raw interval and scale of the input, one value each; None where act_bits is None.
@@ -137,13 +137,17 @@ def block_conv2d(
     Source: docs/maths.md, section 1.
     """
     op = "block_conv2d"
-    _check_shapes(op, x, weight, bias, groups)
-    check_norm(op, x, bn_weight, bn_bias, running_mean, running_var, training)
-    checks.check_sides(op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation)
+    groups = checks.check_convolution(op, x, weight, bias, groups)
+    x = autocast(x)
+    checks.check_sides(
+        op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation, pad_value
+    )
+    if record is not None and not isinstance(record, list):
+        raise TypeError(f"{op}: record must be a list to append to, or None, got {type(record).__name__}")
     settings = (act_bits, signed, offset, activation)
     border = offset if pad_value is None else pad_value
-    geometry = (*checks.geometry(op, stride, padding, dilation), groups, border)
-    (x,) = autocast(x)
+    geometry = (*checks.geometry(op, x, weight, stride, padding, dilation), groups, border)
+    check_norm(op, x, bn_weight, bn_bias, running_mean, running_var, training, eps, momentum)
     if dispatch.choose("block", x) == "reference":
         v = F.batch_norm(x, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
         return _in_parts(v, weight, a_x, c_x, a_w, c_w, bias, weight_bits, settings, geometry)
@@ -181,12 +185,14 @@ def duq_conv2d(
     Arguments, result and errors as there.
     """
     op = "duq_conv2d"
-    _check_shapes(op, x, weight, bias, groups)
-    checks.check_sides(op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation)
+    groups = checks.check_convolution(op, x, weight, bias, groups)
+    checks.check_sides(
+        op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation, pad_value
+    )
     settings = (act_bits, signed, offset, activation)
     border = offset if pad_value is None else pad_value
-    geometry = (*checks.geometry(op, stride, padding, dilation), groups, border)
-    (x,) = autocast(x)
+    geometry = (*checks.geometry(op, x, weight, stride, padding, dilation), groups, border)
+    x = autocast(x)
     if dispatch.choose("block", x) == "reference":
         return _in_parts(x, weight, a_x, c_x, a_w, c_w, bias, weight_bits, settings, geometry)
     weight = _quantized_weight(weight, a_w, c_w, weight_bits)
@@ -208,26 +214,17 @@ def block_batch_norm(
 ) -> Tensor:
     """batch_norm(x) as block_conv2d computes it on the way, to the bit; no gradient, and no statistics are changed.
 
-    Arguments as there. Returns [N, C, H, W]; in float32 for a half-precision x where the block has a kernel.
+    Arguments and errors as there. Returns [N, C, H, W]; in float32 for a half-precision x where the block has a kernel.
     """
-    (x,) = autocast(x)
+    op = "block_batch_norm"
+    checks.check_float(op, "the input", x)
+    x = autocast(x)
+    check_norm(op, x, bn_weight, bn_bias, running_mean, running_var, training, eps)
     if dispatch.choose("block", x) == "reference":
         running = (None, None) if training else (running_mean, running_var)
         return F.batch_norm(x, *running, bn_weight, bn_bias, training, 0.0, eps)
     mean, invstd = statistics(x, running_mean, running_var, training, None, eps)
     return reference.normalize(x, Norm(mean, invstd, bn_weight, bn_bias, training))
-
-
-def _check_shapes(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"{op}: the input must be [N, C, H, W], got shape {tuple(x.shape)}")
-    if groups < 1 or weight.dim() != 4 or weight.shape[1] * groups != x.shape[1] or weight.shape[0] % groups:
-        raise ValueError(
-            f"{op}: the weight must be [C_out, {x.shape[1]} / groups, kh, kw] with C_out a multiple of groups={groups}, "
-            f"got shape {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: the bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
 
 
 def _quantized_weight(weight: Tensor, a_w: Tensor | None, c_w: Tensor | None, bits: int | None) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from ...checks import output_size as _output_size
+
 
 def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
     """channels_last if either operand is, as torch's convolutions have it."""
@@ -15,14 +17,7 @@ def memory_format(x: Tensor, weight: Tensor) -> torch.memory_format:
 
 def output_size(x: Tensor, weight: Tensor, stride: list[int], pads: list[int], dilation: list[int]) -> tuple[int, int]:
     """(H_out, W_out) for pads = (left, right, top, bottom). Raises ValueError for a kernel larger than the padded input."""
-    left, right, top, bottom = pads
-    height, width = x.shape[2] + top + bottom, x.shape[3] + left + right
-    kh, kw = ((taps - 1) * step + 1 for taps, step in zip(weight.shape[2:], dilation, strict=True))
-    if kh > height or kw > width:
-        raise ValueError(
-            f"depthwise convolution: a kernel that spans {kh} x {kw} is larger than the padded input, {height} x {width}"
-        )
-    return (height - kh) // stride[0] + 1, (width - kw) // stride[1] + 1
+    return _output_size("depthwise convolution", x, weight, stride, pads, dilation)
 
 
 def output(x: Tensor, weight: Tensor, stride: list[int], pads: list[int], dilation: list[int]) -> Tensor:

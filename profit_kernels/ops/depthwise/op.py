@@ -128,25 +128,14 @@ _register_autograd("depthwise_conv2d", _autograd_depthwise, _setup_depthwise)
 _register_autograd("duq_depthwise_conv2d", _autograd_duq_depthwise, _setup_duq_depthwise)
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(x: Tensor) -> Tensor:
     """The autocast rule, that of a convolution: to the lower precision, float64 excepted."""
     kind = x.device.type
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):  # meta: to ask more is an error
+        return x
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x, *others
-    dtype = torch.get_autocast_dtype(kind)
-    return x.to(dtype), *(None if t is None else t.to(dtype) for t in others)
-
-
-def _check_shapes(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dim() != 4:
-        raise ValueError(f"{op}: the input must be [N, C, H, W], got shape {tuple(x.shape)}")
-    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[0] == 0 or weight.shape[0] % x.shape[1]:
-        raise ValueError(
-            f"{op}: the weight must be [C_out, 1, kh, kw] with C_out a multiple of the input's {x.shape[1]} channels, "
-            f"got shape {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"{op}: the bias must have shape [{weight.shape[0]}], got {tuple(bias.shape)}")
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
 
 
 def depthwise_conv2d(
@@ -163,19 +152,22 @@ def depthwise_conv2d(
 
     Args:
         x: [N, C, H, W], any float dtype, NCHW or channels_last.
-        weight: [C_out, 1, kh, kw] with C_out a multiple of C. bias: [C_out] or None.
+        weight: [C_out, 1, kh, kw] with C_out a multiple of C. bias: [C_out] or None. Both are taken to the dtype of x.
         stride, dilation: an integer or (h, w).
         padding: p, (ph, pw), or (left, right, top, bottom) for an asymmetric border.
         pad_value: -0.375 behind an h-swish quantizer.
 
     Returns: [N, C_out, H_out, W_out], in the dtype of x (under autocast, in autocast's).
-    Raises: ValueError for shapes that do not fit; BackendError if the backend asked for cannot serve the call.
+    Raises: ValueError or TypeError for arguments that do not fit; BackendError if the backend asked for cannot serve the call.
     Source: negative padding, PROFIT (Park & Yoo, ECCV 2020), section 4.2; docs/maths.md, section 2.
     """
     op = "depthwise_conv2d"
-    _check_shapes(op, x, weight, bias)
-    geometry = checks.geometry(op, stride, padding, dilation)
-    x, weight, bias = autocast(x, weight, bias)
+    checks.check_depthwise(op, x, weight, bias)
+    checks.check_number(op, "pad_value", pad_value)
+    geometry = checks.geometry(op, x, weight, stride, padding, dilation)
+    x = autocast(x)
+    # The kernels compute in the dtype of x; so does the reference, of which torch would refuse a mix.
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if dispatch.choose("depthwise", x) == "reference":
         return reference.depthwise(x, weight, bias, *geometry, pad_value)
     return torch.ops.profit_kernels.depthwise_conv2d(x, weight, bias, *geometry, pad_value)
@@ -214,13 +206,13 @@ def duq_depthwise_conv2d(
     the weight is quantized in its own.
     """
     op = "duq_depthwise_conv2d"
-    _check_shapes(op, x, weight, bias)
+    checks.check_depthwise(op, x, weight, bias)
     checks.check_sides(
-        op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation
+        op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation, pad_value
     )
-    geometry = checks.geometry(op, stride, padding, dilation)
+    geometry = checks.geometry(op, x, weight, stride, padding, dilation)
     pad_value = offset if pad_value is None else pad_value
-    (x,) = autocast(x)
+    x = autocast(x)
     if dispatch.choose("duq_depthwise", x) == "reference":
         # No fused kernel here: its parts, each on the backend that serves it best.
         if act_bits is None:

@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 
 from .device import activate, activate_grad, clip, round_code
+from .reference import SMALLEST
+
+_SMALLEST = tl.constexpr(SMALLEST)
 
 
 @triton.jit
@@ -30,6 +33,7 @@ def _softplus(raw):
     """Through float64, which has no log1p here: exact to float32 all the same. The identity above 20; a NaN stays."""
     e = tl.exp(tl.minimum(raw, 20.0).to(tl.float64))
     value = tl.where(raw < -16.0, e - 0.5 * e * e, tl.log(1.0 + e)).to(tl.float32)
+    value = tl.where(value < _SMALLEST, _SMALLEST, value)
     return tl.where(raw <= 20.0, value, raw)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -151,7 +151,7 @@ def duq_fake_quantize(
     Source: PROFIT (Park & Yoo, ECCV 2020), section 4.1; the gradients are in docs/maths.md, section 1.
     Under autocast x is taken in the dtype it comes in, and a, c stay in float32.
     """
-    check_quantizer("duq_fake_quantize", x, a, c, bits, signed, offset, activation)
+    check_quantizer("duq_fake_quantize", x, bits, signed, offset, activation, a=a, c=c)
     if dispatch.choose("duq", x) == "reference":  # plain PyTorch, so that torch.compile can fuse it
         return reference.duq(x, a, c, bits, signed, offset, activation)
     return torch.ops.profit_kernels.duq(x, a, c, bits, signed, offset, activation)
@@ -164,7 +164,7 @@ def duq_codes(
 
     Arguments as there. Raises ValueError if the input holds NaN, which has no code.
     """
-    check_quantizer("duq_codes", x, a, None, bits, signed, offset, activation)
+    check_quantizer("duq_codes", x, bits, signed, offset, activation, a=a)
     return torch.ops.profit_kernels.duq_codes(x, a, bits, signed, offset, activation)
 
 
@@ -182,14 +182,17 @@ def duq_fake_quantize_weights(
     Raises: as duq_fake_quantize, and ValueError where the lists differ in length.
     """
     op = "duq_fake_quantize_weights"
-    widths = [bits] * len(weights) if isinstance(bits, int) else list(bits)
+    for name, values in (("weights", weights), ("a", a), ("c", c)):
+        if isinstance(values, Tensor) or not isinstance(values, Iterable):
+            raise TypeError(f"{op}: {name} must be a list of tensors, got {type(values).__name__}")
+    widths = list(bits) if isinstance(bits, (list, tuple)) else [bits] * len(weights)
     if not len(weights) == len(a) == len(c) == len(widths):
         raise ValueError(
             f"{op}: weights, a, c and bits must have one length, got {len(weights)}, {len(a)}, {len(c)} and {len(widths)}"
         )
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, w in enumerate(weights):
-        check_quantizer(f"{op}: weight {i}", w, a[i], c[i], widths[i], True, 0.0, "none")
+        check_quantizer(f"{op}: weight {i}", w, widths[i], True, 0.0, "none", a=a[i], c=c[i])
         groups.setdefault((w.device, w.dtype), []).append(i)
     result: list[Tensor] = list(weights)
     for members in groups.values():

@@ -1,6 +1,6 @@
 """DuQ in plain PyTorch: the definition every kernel is tested against.
 
-    A = softplus(a), C = softplus(c), h = act(x)
+    A = softplus(a), C = softplus(c) (at least 2^-100), h = act(x)
     u = clip((h - d) / A, lo, 1)          lo = -1 if signed else 0
     q = round(u * s) / s                  half to even, s = 2^(bits-1) - 1 if signed else 2^bits - 1
     y = C * q + d
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+SMALLEST = 2.0**-100  # of A and C: by an interval that underflows to 0 a quotient would be NaN
 ACTIVATIONS = ("none", "relu", "relu6", "hardswish")
 NO_CODE = "duq_codes: the input (or its interval) holds NaN, which has no integer code"
 
@@ -36,6 +37,8 @@ def activate(x: Tensor, activation: str) -> Tensor:
         return F.relu(x)
     if activation == "relu6":
         return F.relu6(x)
+    if activation != "hardswish":
+        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     # Spelled out, in this order and with a true division, so that every backend computes the same bits
     # (F.hardswish multiplies by 1/6 on some devices). The clamp makes -inf give 0 where -inf * 0 would give NaN.
     return x.clamp(min=-3) * F.hardtanh(x + 3, 0.0, 6.0) / 6
@@ -56,10 +59,11 @@ def activate_grad(x: Tensor, activation: str) -> Tensor:
 def interval(raw: Tensor, x: Tensor) -> Tensor:
     """softplus(raw) in the compute dtype, shaped to broadcast over dimension 0 of x where there is one value per channel.
 
-    Through float64: softplus in float32 differs in its last bit from one vector lane to the next, and with it codes would.
+    At least SMALLEST. Through float64: softplus in float32 differs in its last bit from one vector lane to the next, and with
+    it codes would.
     """
-    value = F.softplus(raw.double()).to(compute_dtype(x))
-    return value.view(-1, *[1] * (x.dim() - 1)) if raw.numel() > 1 else value.view([1] * x.dim())
+    value = F.softplus(raw.double()).clamp(min=SMALLEST).to(compute_dtype(x))
+    return value.view([1] * x.dim()) if raw.numel() == 1 else value.view(-1, *[1] * (x.dim() - 1))
 
 
 def scaled(x: Tensor, A: Tensor, offset: float, activation: str) -> Tensor:
@@ -115,7 +119,7 @@ def backward(
     gC = g * q
 
     def reduce(per_element: Tensor, raw: Tensor) -> Tensor:
-        other_dims = list(range(1, x.dim())) if raw.numel() > 1 else list(range(x.dim()))
+        other_dims = list(range(x.dim())) if raw.numel() == 1 else list(range(1, x.dim()))
         total = per_element.sum(other_dims) if other_dims else per_element
         return (total.view(raw.shape) * torch.sigmoid(raw.to(A.dtype))).to(raw.dtype)
 

@@ -152,7 +152,7 @@ def test_half_precision_keeps_batch_norm_in_float32(rng, registered):
     ({"gamma": torch.zeros(5)}, "BatchNorm's weight must have shape \\[6\\]"),
     ({"var": None}, "go together"),
     ({"x": torch.zeros(1, 6, 1, 1)}, "more than one value per channel"),
-    ({"a": None}, "needs the interval a"),
+    ({"a": None}, "needs a_x and c_x"),
     ({"bias": torch.zeros(3)}, "the bias must have shape"),
 ])  # fmt: skip
 def test_refusals(change, message, rng):
