@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import sys
 
 import pytest
@@ -118,3 +120,18 @@ def test_a_missing_package_is_named_with_its_extra(package, case, tmp_path, monk
     profit.export_packed(model, tmp_path / "net.safetensors", x)
     result = profit.verify(tmp_path / "net.safetensors", model, [x])
     assert any(package in note and "profit-kernels[export]" in note for note in result.notes) and not result.failures()
+
+
+@pytest.mark.parametrize("place, value", [("pw.weight", math.nan), ("head.bias", math.inf), ("bn1.running_mean", math.nan),
+                                          ("bn1.running_var", math.nan), ("bn1.running_var", -1.0),
+                                          ("dw.input_quantizer.a", math.nan)])  # fmt: skip
+@pytest.mark.parametrize("write", [profit.export_torch, profit.export_packed, profit.export_onnx])
+def test_numbers_that_are_not_finite(case, tmp_path, write, place, value):
+    model, x = copy.deepcopy(case[0]), case[1]
+    model.state_dict()[place].view(-1)[0] = value
+    with pytest.raises(ExportError, match="layer '.*not finite") as caught:
+        write(model, tmp_path / "net", x)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    if write is profit.export_torch:
+        layer, _, leaf = place.rpartition(".")
+        assert f"layer {layer!r}: its {leaf}" in str(caught.value)
