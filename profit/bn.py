@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import run_batch
+from .checks import check_module, check_whole
 from .distributed import sum_over_ranks, world_size
+from .errors import CalibrationError
 
 
 def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int:
@@ -32,12 +34,13 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int
         The number of batches used, in all processes.
 
     Raises:
-        ValueError: `batches` < 1, a loader without a batch, or a model without BatchNorm that tracks statistics.
-        TypeError: a batch of another form.
+        ValueError: `batches` is no whole number from 1, a loader without a batch, or a model without BatchNorm that tracks
+            statistics. CalibrationError: statistics that are not finite. TypeError: no model, or a batch of another form.
     """
-    if batches < 1:
-        raise ValueError(f"batches must be at least 1, got {batches}")
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    check_module(model)
+    batches = check_whole(batches, "batches", 1)
+    named = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    norms = list(named.values())
     if not norms:
         raise ValueError("the model has no BatchNorm with running statistics: there is nothing to re-estimate")
 
@@ -60,6 +63,7 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int
         used = _average_over_ranks(norms, used)
         if not used:
             raise ValueError("the loader gave no batch: BatchNorm statistics cannot be re-estimated")
+        _check_finite(named)
         finished = True
     finally:
         for norm, momentum, saved in zip(norms, momenta, statistics, strict=True):
@@ -70,6 +74,15 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int
         for module, mode in modes.items():
             module.training = mode
     return used
+
+
+def _check_finite(norms: Mapping[str, nn.Module]) -> None:
+    for name, norm in norms.items():
+        if not bool(torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
+            raise CalibrationError(
+                f"BatchNorm re-estimation: the input of {name or 'the BatchNorm'!r} holds NaN or infinity; the statistics are "
+                "as before: look at the data and the weights in front"
+            )
 
 
 @torch.no_grad()
