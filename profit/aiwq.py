@@ -90,6 +90,7 @@ class AIWQMonitor:
         # Here and not as a decorator: torch.compiler.disable imports the whole compiler.
         self._observe = torch.compiler.disable(self._observe)
         self._iteration = 0
+        self._ran: bool | None = False  # whether a forward was seen; None: unknown, before what load_state_dict brought
         self._previous: dict[str, Tensor] = {}  # quantized weights of the iteration before
         self._captured: dict[str, Tensor] = {}  # of this iteration, taken at its first sampled forward
         # (layer index, KL [C]; original: KL [1]; pooled: moments [5, C]) of every forward pass of this iteration
@@ -103,6 +104,7 @@ class AIWQMonitor:
 
     @torch.no_grad()
     def _observe(self, index: int, name: str, x: Tensor, y_new: Tensor) -> None:
+        self._ran = True
         needed_next = (self._iteration + 1) % self.every == 0
         if needed_next and not self._captured:
             # All layers at once, so that one that does not run now still has a previous weight in the next iteration.
@@ -181,15 +183,25 @@ class AIWQMonitor:
         A layer without a sample scores 0. In "original" mode a score may be NaN.
 
         Raises:
-            TrainingError: no layer has a sample.
+            TrainingError: no layer has a sample; it says why.
         """
         samples = self.samples()
         if not any(samples.values()):
-            raise TrainingError(
-                "AIWQ has no sample: train at least two iterations with the monitor attached, calling step() after each"
-            )
+            raise TrainingError(f"AIWQ has no sample: {self._why_no_sample()}")
         means = self.running_means()
         return {name: means[name] / (1.0 - self.decay**n) if n else 0.0 for name, n in samples.items()}
+
+    def _why_no_sample(self) -> str:
+        if self.skipped:
+            why = "NaN" if self.mode == "corrected" else "above 1, and dropped as published"
+            return f"all {self.skipped} samples of a layer were {why}: look at the data and the learning rate"
+        if self._ran is False and self._iteration > 1:
+            return (
+                f"step() was called {self._iteration} times, but no ranked layer ran in training mode with gradients: "
+                "call model.train() and run the forward outside torch.no_grad()"
+            )
+        longer = f" ({self.every + 1} with every={self.every})" if self.every > 1 else ""
+        return f"train at least two iterations{longer} with the monitor attached, calling step() after each"
 
     @property
     def steps(self) -> int:
@@ -240,7 +252,7 @@ class AIWQMonitor:
             for name, layer in self._layers.items()
             if f"previous.{name}" in state
         }
-        self._captured, self._pending = {}, []
+        self._captured, self._pending, self._ran = {}, [], None
 
     def remove(self) -> None:
         """Detach from the model; what was measured stays readable."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any
 
@@ -37,11 +38,27 @@ def check_whole(value: object, what: str, least: int, most: float = math.inf) ->
 
 
 def check_number(
-    value: Any, what: str, least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf
-) -> None:
-    """Raise ValueError unless `value` is a finite number from `least` to `most`, and larger than `above`."""
+    value: Any, what: str, least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf,
+    below: float = math.inf,
+) -> None:  # fmt: skip
+    """Raise ValueError unless `value` is a finite number within the limits: `least` and `most` belong to them."""
     usable = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not (usable and least <= value <= most and value > above):
-        limits = [f"above {above:g}"] * (above > -math.inf)
-        limits += [f"at least {least:g}"] * (least > -math.inf) + [f"at most {most:g}"] * (most < math.inf)
-        raise ValueError(f"{what} must be a finite number{', ' if limits else ''}{' and '.join(limits)}; got {brief(value)}")
+    if not (usable and least <= value <= most and above < value < below):
+        limits = {"above": above, "at least": least, "at most": most, "below": below}
+        texts = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
+        raise ValueError(f"{what} must be a finite number{', ' if texts else ''}{' and '.join(texts)}; got {brief(value)}")
+
+
+def check_flag(value: object, what: str) -> None:
+    """Raise ValueError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{what} must be True or False, got {brief(value)}")
+
+
+def check_state(state: object, keys: Iterable[str], what: str) -> None:
+    """Raise ValueError unless `state` is a mapping with these keys; `what` saved it."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"saved state of {what}: a mapping is needed, got {brief(state)}")
+    missing = [key for key in keys if key not in state]
+    if missing:
+        raise ValueError(f"saved state of {what}: {missing[0]!r} is missing, so it is damaged or of something else")
