@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import run_batch
+from .batches import run_batches
 from .checks import check_module, check_whole
 from .distributed import sum_over_ranks, world_size
 from .errors import CalibrationError
@@ -35,7 +34,8 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int
 
     Raises:
         ValueError: `batches` is no whole number from 1, a loader without a batch, or a model without BatchNorm that tracks
-            statistics. CalibrationError: statistics that are not finite. TypeError: no model, or a batch of another form.
+            statistics. CalibrationError: statistics that are not finite, or a batch on which the model does not run.
+        TypeError: no model, no loader, or a batch of another form.
     """
     check_module(model)
     batches = check_whole(batches, "batches", 1)
@@ -48,7 +48,6 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int
     momenta = [norm.momentum for norm in norms]
     statistics = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    used = 0
     finished = False
     try:
         model.eval()
@@ -57,9 +56,7 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int
             norm.momentum = None
             norm.reset_running_stats()
         with torch.no_grad():
-            for batch in islice(loader, batches):
-                run_batch(model, batch, device)
-                used += 1
+            used = run_batches(model, loader, batches, device, "BatchNorm re-estimation")
         used = _average_over_ranks(norms, used)
         if not used:
             raise ValueError("the loader gave no batch: BatchNorm statistics cannot be re-estimated")

@@ -17,6 +17,11 @@ def brief(value: object) -> str:
     return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not empty, else the name of its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def check_module(model: object, what: str = "model") -> None:
     """Raise TypeError unless `model` is an nn.Module."""
     if not isinstance(model, nn.Module):

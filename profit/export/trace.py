@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import swap_modules, unfuse_
+from ..checks import first_line
 from ..errors import CalibrationError, ExportError
 from ..nn import QuantConv2d, QuantLayer, weight_batch
 from ..quantize import quant_layers
@@ -136,8 +137,8 @@ def export_program(plain: nn.Module, images: Tensor) -> torch.export.ExportedPro
             return torch.export.export(plain, (images,), dynamic_shapes=(batch,), strict=False)
     # torch.export raises RuntimeError and its subclasses for what it cannot follow, and the model's own errors as they are.
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ExportError(f"torch.export cannot follow the model with a free number of images: {first}") from error
+        why = first_line(error)
+        raise ExportError(f"torch.export cannot follow the model with a free number of images: {why}") from error
 
 
 def _is_mutating(node: torch.fx.Node) -> bool:
