@@ -28,10 +28,10 @@ def check_module(model: object, what: str = "model") -> None:
         raise TypeError(f"{what} must be a torch.nn.Module, got {brief(model)}")
 
 
-def check_path(path: object, usage: str) -> None:
+def check_path(path: object, usage: str, what: str = "path") -> None:
     """Raise TypeError, showing the `usage` of the function, unless `path` can be the path of a file."""
     if not isinstance(path, str | PathLike):
-        raise TypeError(f"path must be a str or Path, got {brief(path)}; usage: {usage}")
+        raise TypeError(f"{what} must be a str or Path, got {brief(path)}; usage: {usage}")
 
 
 def check_whole(value: object, what: str, least: int, most: float = math.inf) -> int:

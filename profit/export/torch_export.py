@@ -14,7 +14,7 @@ from profit_kernels import use_backend
 from ..errors import ExportError
 from ..nn import InputQuantizer, WeightQuantizer
 from ..quantize import quant_layers
-from .trace import checked_layers, example_images, export_program, plain_copy
+from .trace import check_call, checked_layers, example_images, export_program, plain_copy
 
 
 def export_torch(model: nn.Module, path: str | Path, example_inputs: Any) -> int:
@@ -23,6 +23,10 @@ def export_torch(model: nn.Module, path: str | Path, example_inputs: Any) -> int
     The program computes what the model computes on the reference backend, bit for bit, for any number of images. Inputs are
     quantized by ordinary operators; weights are stored as the floats that they quantize to.
 
+    Usage::
+
+        profit.export_torch(model, "net.pt2", images)
+
     Args:
         model: converted and calibrated; it is not changed.
         path: replaced whole, or not at all.
@@ -30,10 +34,11 @@ def export_torch(model: nn.Module, path: str | Path, example_inputs: Any) -> int
 
     Raises:
         ExportError: nothing is quantized, a layer's numbers are not finite, or torch.export cannot follow the model.
-        ProfitError: cannot be written.
+        ProfitError: cannot be written. TypeError: an argument of another type.
     """
     from ..train.files import write_atomic
 
+    check_call(model, path, "export_torch")
     checked_layers(model)
     plain = plain_copy(model)
     with torch.no_grad(), use_backend("reference"):  # plain operators, where a kernel would be an operator of this package
