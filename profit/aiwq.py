@@ -21,6 +21,8 @@ from torch.utils.hooks import RemovableHandle
 
 from profit_kernels import aiwq_conv2d, aiwq_conv2d_moments, aiwq_kl, kl_of_pooled, pool_moments
 
+from .checks import brief, check_flag, check_module, check_number, check_state, check_whole
+from .config import check_choice
 from .distributed import sum_over_ranks, world_size
 from .errors import TrainingError
 from .nn.conv import QuantConv2d
@@ -68,18 +70,18 @@ class AIWQMonitor:
             several processes. Needs the corrected mode.
 
     Raises:
-        ValueError: an argument out of range, or a model without ranked convolutions.
+        ValueError: an argument out of range, or a model without ranked convolutions. TypeError: no model.
     """
 
     def __init__(
         self, model: nn.Module, mode: str = "corrected", every: int = 1, decay: float = 0.999, pooled: bool | None = None
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number >= 1, got {every!r}")
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        check_module(model)
+        check_choice(mode, MODES, "mode")
+        every = check_whole(every, "every", 1)
+        check_number(decay, "decay", 0, below=1)
+        if pooled is not None:
+            check_flag(pooled, "pooled")
         if pooled and mode == "original":
             raise ValueError('pooled=True needs mode="corrected": the published code does not pool')
         self.mode, self.every, self.decay = mode, every, decay
@@ -90,6 +92,7 @@ class AIWQMonitor:
         # Here and not as a decorator: torch.compiler.disable imports the whole compiler.
         self._observe = torch.compiler.disable(self._observe)
         self._iteration = 0
+        self._ran: bool | None = False  # whether a forward was seen; None: unknown, before what load_state_dict brought
         self._previous: dict[str, Tensor] = {}  # quantized weights of the iteration before
         self._captured: dict[str, Tensor] = {}  # of this iteration, taken at its first sampled forward
         # (layer index, KL [C]; original: KL [1]; pooled: moments [5, C]) of every forward pass of this iteration
@@ -103,6 +106,7 @@ class AIWQMonitor:
 
     @torch.no_grad()
     def _observe(self, index: int, name: str, x: Tensor, y_new: Tensor) -> None:
+        self._ran = True
         needed_next = (self._iteration + 1) % self.every == 0
         if needed_next and not self._captured:
             # All layers at once, so that one that does not run now still has a previous weight in the next iteration.
@@ -181,15 +185,25 @@ class AIWQMonitor:
         A layer without a sample scores 0. In "original" mode a score may be NaN.
 
         Raises:
-            TrainingError: no layer has a sample.
+            TrainingError: no layer has a sample; it says why.
         """
         samples = self.samples()
         if not any(samples.values()):
-            raise TrainingError(
-                "AIWQ has no sample: train at least two iterations with the monitor attached, calling step() after each"
-            )
+            raise TrainingError(f"AIWQ has no sample: {self._why_no_sample()}")
         means = self.running_means()
         return {name: means[name] / (1.0 - self.decay**n) if n else 0.0 for name, n in samples.items()}
+
+    def _why_no_sample(self) -> str:
+        if self.skipped:
+            why = "NaN" if self.mode == "corrected" else "above 1, and dropped as published"
+            return f"all {self.skipped} samples of a layer were {why}: look at the data and the learning rate"
+        if self._ran is False and self._iteration > 1:
+            return (
+                f"step() was called {self._iteration} times, but no ranked layer ran in training mode with gradients: "
+                "call model.train() and run the forward outside torch.no_grad()"
+            )
+        longer = f" ({self.every + 1} with every={self.every})" if self.every > 1 else ""
+        return f"train at least two iterations{longer} with the monitor attached, calling step() after each"
 
     @property
     def steps(self) -> int:
@@ -222,25 +236,32 @@ class AIWQMonitor:
         """Carry on from `state_dict`.
 
         Raises:
-            ValueError: the state is of other layers or of another mode, `every` or decay.
+            ValueError: the state is damaged, or of other layers or of another mode, `every` or decay. The monitor is as
+                before then.
         """
-        saved = (MODES[int(state["mode"])], int(state["every"]), float(state["decay"]))
+        saved = _settings(state)
         if saved != (self.mode, self.every, self.decay):
             raise ValueError(
                 f"saved AIWQ state has mode, every, decay = {saved}; this monitor {(self.mode, self.every, self.decay)}"
             )
-        rows = {key.removeprefix("layer."): value for key, value in state.items() if key.startswith("layer.")}
-        differing = sorted(set(rows) ^ set(self._layers))
-        if differing:
-            raise ValueError(f"saved AIWQ state is of other layers; differing: {', '.join(differing[:5])}")
-        self._iteration = int(state["iteration"])
+        iteration = check_whole(state["iteration"], "saved AIWQ state: iteration", 0)
+        rows, previous = (
+            {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            for prefix in ("layer.", "previous.")
+        )
+        # Weights of the iteration before are there for all layers, or (not captured) for none.
+        for names in (rows, previous) if previous else (rows,):
+            differing = sorted(set(names) ^ set(self._layers))
+            if differing:
+                raise ValueError(f"saved AIWQ state is of other layers; differing: {', '.join(differing[:5])}")
+        for name, layer in self._layers.items():
+            _check_tensor(rows[name], f"layer.{name}", self._stats.shape[1:])
+            if previous:
+                _check_tensor(previous[name], f"previous.{name}", layer.weight.shape)
+        self._iteration = iteration
         self._stats = torch.stack([rows[name] for name in self._layers]).to(self._stats)
-        self._previous = {
-            name: state[f"previous.{name}"].to(layer.weight.device, copy=True)
-            for name, layer in self._layers.items()
-            if f"previous.{name}" in state
-        }
-        self._captured, self._pending = {}, []
+        self._previous = {n: previous[n].to(m.weight.device, copy=True) for n, m in self._layers.items()} if previous else {}
+        self._captured, self._pending, self._ran = {}, [], None
 
     def remove(self) -> None:
         """Detach from the model; what was measured stays readable."""
@@ -256,6 +277,21 @@ class AIWQMonitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def _settings(state: object) -> tuple[str, int, float]:
+    """(mode, every, decay) of a saved state. Raises ValueError where it holds none."""
+    check_state(state, ("mode", "every", "decay", "iteration"), "AIWQMonitor")
+    mode = MODES[check_whole(state["mode"], "saved AIWQ state: mode", 0, len(MODES) - 1)]
+    decay = state["decay"].item() if isinstance(state["decay"], Tensor) and state["decay"].numel() == 1 else state["decay"]
+    check_number(decay, "saved AIWQ state: decay", 0, below=1)
+    return mode, check_whole(state["every"], "saved AIWQ state: every", 1), decay
+
+
+def _check_tensor(value: object, key: str, shape: torch.Size) -> None:
+    if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+        found = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else brief(value)
+        raise ValueError(f"saved AIWQ state: {key!r} must be a tensor of floats {list(shape)}, got {found}")
 
 
 class _Probe:

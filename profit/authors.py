@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .checks import brief, check_module
 from .errors import CheckpointError
 from .nn import QuantLayer
 from .quantize import quant_layers
@@ -64,8 +65,12 @@ def load_authors_checkpoint(
 
     Raises:
         CheckpointError: modules or shapes that do not correspond, by name; intervals that are not finite. The model is
-            unchanged then.
+            unchanged then. TypeError: no model, or a state_dict that is no mapping.
     """
+    check_module(model)
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must map names to tensors, got {brief(state_dict)}: read a file with "
+                        "torch.load(path, weights_only=True)")  # fmt: skip
     tensors = _plain(state_dict)
     modules: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

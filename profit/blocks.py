@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from .checks import check_module
 from .config import DuQConfig
 from .dataflow import LayerFlow
 from .nn import BatchNormAct, QuantConv2d, QuantLayer, StandIn
@@ -69,7 +70,11 @@ def unfuse_(model: nn.Module) -> int:
 
     For exporters and for hooks on BatchNorm; activations that moved into a quantizer stay there. Returns how many
     BatchNorms were given back.
+
+    Raises:
+        TypeError: no model.
     """
+    check_module(model)
     swaps = {m: m.restore() for m in model.modules() if isinstance(m, StandIn)}
     for layer in model.modules():
         if isinstance(layer, QuantConv2d):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import run_batch
+from .batches import run_batches
+from .checks import check_module, check_whole
 from .distributed import sum_over_ranks, world_size
+from .errors import CalibrationError
 
 
 def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int:
@@ -32,12 +33,14 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int
         The number of batches used, in all processes.
 
     Raises:
-        ValueError: `batches` < 1, a loader without a batch, or a model without BatchNorm that tracks statistics.
-        TypeError: a batch of another form.
+        ValueError: `batches` is no whole number from 1, a loader without a batch, or a model without BatchNorm that tracks
+            statistics. CalibrationError: statistics that are not finite, or a batch on which the model does not run.
+        TypeError: no model, no loader, or a batch of another form.
     """
-    if batches < 1:
-        raise ValueError(f"batches must be at least 1, got {batches}")
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    check_module(model)
+    batches = check_whole(batches, "batches", 1)
+    named = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    norms = list(named.values())
     if not norms:
         raise ValueError("the model has no BatchNorm with running statistics: there is nothing to re-estimate")
 
@@ -45,7 +48,6 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int
     momenta = [norm.momentum for norm in norms]
     statistics = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    used = 0
     finished = False
     try:
         model.eval()
@@ -54,12 +56,11 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int
             norm.momentum = None
             norm.reset_running_stats()
         with torch.no_grad():
-            for batch in islice(loader, batches):
-                run_batch(model, batch, device)
-                used += 1
+            used = run_batches(model, loader, batches, device, "BatchNorm re-estimation")
         used = _average_over_ranks(norms, used)
         if not used:
             raise ValueError("the loader gave no batch: BatchNorm statistics cannot be re-estimated")
+        _check_finite(named)
         finished = True
     finally:
         for norm, momentum, saved in zip(norms, momenta, statistics, strict=True):
@@ -70,6 +71,15 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int) -> int
         for module, mode in modes.items():
             module.training = mode
     return used
+
+
+def _check_finite(norms: Mapping[str, nn.Module]) -> None:
+    for name, norm in norms.items():
+        if not bool(torch.isfinite(norm.running_mean).all() and torch.isfinite(norm.running_var).all()):
+            raise CalibrationError(
+                f"BatchNorm re-estimation: the input of {name or 'the BatchNorm'!r} holds NaN or infinity; the statistics are "
+                "as before: look at the data and the weights in front"
+            )
 
 
 @torch.no_grad()

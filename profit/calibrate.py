@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .batches import run_batch
+from .batches import run_batches
+from .checks import check_number, check_whole
 from .config import check_choice
 from .dataflow import eval_mode
 from .distributed import gather, sum_over_ranks, world_size
@@ -65,18 +64,19 @@ def calibrate_(
         UserWarning: layers that got `empty_range`, by name.
 
     Raises:
-        CalibrationError: an empty loader; NaN or infinity at the input of a layer; a layer that did not run; no positive
-            value anywhere, or, without `empty_range`, in one layer. No range is changed then.
-        ConversionError: nothing is converted. ValueError: an argument out of its range. TypeError: a batch of another form.
+        CalibrationError: an empty loader; a batch on which the model does not run; NaN or infinity at the input of a
+            layer; a layer that did not run; no positive value anywhere, or, without `empty_range`, in one layer. No range
+            is changed then.
+        ConversionError: nothing is converted. ValueError: an argument out of its range. TypeError: no model, no loader, or
+            a batch of another form.
     """
     check_choice(mode, ("corrected", "original"), "mode")
     percentile = _DEFAULT[mode] if percentile is None else percentile
-    if percentile != "max" and not (isinstance(percentile, (int, float)) and 0 < percentile <= 100):
-        raise ValueError(f"percentile={percentile!r} must be above 0 and at most 100, or 'max'")
-    if batches < 1:
-        raise ValueError(f"batches={batches} must be at least 1")
-    if empty_range is not None and not (math.isfinite(empty_range) and empty_range > 0):
-        raise ValueError(f"empty_range={empty_range} must be positive and finite")
+    if percentile != "max":
+        check_number(percentile, "percentile, where it is not 'max',", above=0, most=100)
+    batches = check_whole(batches, "batches", 1)
+    if empty_range is not None:
+        check_number(empty_range, "empty_range", above=0)
     layers = quant_layers(model)
     if not layers:
         raise ConversionError("the model has no quantized layer: convert it with quantize_ first")
@@ -84,11 +84,8 @@ def calibrate_(
 
     samples = {name: _Sample(keep_all=percentile != "max") for name in layers}
     device = next(model.parameters()).device
-    used = 0
-    with _observing(model, layers, samples, mode):
-        for batch in islice(iter(loader), batches):
-            run_batch(model, batch, device)
-            used += 1
+    with _observing(model, layers, samples, mode) as reached:
+        used = run_batches(model, loader, batches, device, "calibration", lambda: _place(reached))
     _merge_over_ranks(samples, device)
     if not int(sum_over_ranks(torch.tensor([used]))):
         raise CalibrationError("calibration: the loader gave no batch; it needs at least one")
@@ -105,22 +102,35 @@ def calibrate_(
 
 @contextmanager
 def _observing(model: nn.Module, layers: Mapping[str, QuantLayer], samples: Mapping[str, _Sample], mode: str):
-    """Eval mode, activations in full precision, and a hook in front of every layer; all undone afterwards."""
+    """Eval mode, activations in full precision, and a hook in front of every layer; all undone afterwards.
+
+    Yields a list of the layers that the present forward has reached, the last one last.
+    """
+    reached: list[str] = []
     bits = [(layer.input_quantizer, layer.input_quantizer.bits) for layer in layers.values()]
     handles = [
         layer.register_forward_pre_hook(_hook(name, samples[name], mode), with_kwargs=True)
         for name, layer in layers.items()
     ]
+    handles += [
+        layer.register_forward_pre_hook(lambda module, args, name=name: reached.append(name), prepend=True)
+        for name, layer in quant_layers(model).items()
+    ]
+    handles.append(model.register_forward_pre_hook(lambda module, args: reached.clear(), prepend=True))
     try:
         for quantizer, _ in bits:
             quantizer.bits = None
         with eval_mode(model), torch.no_grad():
-            yield
+            yield reached
     finally:
         for quantizer, previous in bits:
             quantizer.bits = previous
         for handle in handles:
             handle.remove()
+
+
+def _place(reached: list[str]) -> str:
+    return f" (the last layer that it reached is {reached[-1]!r})" if reached else ""
 
 
 def _hook(name: str, sample: _Sample, mode: str):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 Kind = Literal["raw", "unsigned", "offset", "signed"]
 
@@ -68,6 +68,21 @@ class LayerSettings:
         return kind, float(offset or 0.0)
 
 
+class _Fixed(dict[str, Any]):
+    """A dict that nobody can change and that has a hash; as a dict it goes to JSON, and pickles by its content."""
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError("the overrides of a DuQConfig cannot be changed: make another with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
 @dataclass(frozen=True)
 class DuQConfig:
     """How a model is quantized.
@@ -86,7 +101,8 @@ class DuQConfig:
             BatchNorm that a convolution applies sees its input; `profit.unfuse_` takes it all back.
         fuse_activations: move a ReLU, ReLU6 or h-swish module into the quantizer of its only reader.
         overrides: layer name or shell pattern (`"blocks.*.conv_dw"`) -> mapping with any of weight_bits, act_bits, kind,
-            offset, padding, skip. Later entries win; a pattern that matches no layer is an error at conversion.
+            offset, padding, skip. Later entries win; a pattern that matches no layer is an error at conversion. Copied,
+            and fixed from then on.
 
     Raises:
         ValueError, TypeError: a value out of its range, or an unknown override key.
@@ -118,6 +134,8 @@ class DuQConfig:
             raise TypeError(f"overrides must map layer names to settings; got {type(self.overrides).__name__}")
         for pattern, settings in self.overrides.items():
             _check_override(pattern, settings)
+        copied = _Fixed({pattern: _Fixed(settings) for pattern, settings in self.overrides.items()})
+        object.__setattr__(self, "overrides", copied)
 
     def for_layer(self, name: str) -> LayerSettings:
         """Settings of the layer called `name`: the common values with every matching override applied in order."""

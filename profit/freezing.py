@@ -9,11 +9,14 @@ computed, and `profit.param_groups` leaves the parameter out. Build a new optimi
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from .checks import brief, check_module, check_state, check_whole
+from .config import check_choice
 from .optim import is_weighted_layer, quantizer_parameters, quantizers
 
 
@@ -29,29 +32,30 @@ class ProgressiveFreezer:
 
     Raises:
         ValueError: a name that is no quantized layer of `model`, a score that is not a finite number, no scores at all,
-            `stages` < 1 or an unknown `freeze`.
+            `stages` that is no whole number from 1, or an unknown `freeze`. TypeError: no model, or scores that are no
+            mapping.
     """
 
     def __init__(self, model: nn.Module, scores: Mapping[str, float], stages: int = 3, freeze: str = "weights") -> None:
-        if stages < 1:
-            raise ValueError(f"stages must be at least 1, got {stages}")
-        if freeze not in ("weights", "weights+intervals"):
-            raise ValueError(f'freeze must be "weights" or "weights+intervals", got {freeze!r}')
-        self.stages = stages
+        check_module(model)
+        self.stages = check_whole(stages, "stages", 1)
+        check_choice(freeze, ("weights", "weights+intervals"), "freeze")
         self.freeze = freeze
         self.stage: int | None = None
         self._modules = {name: m for name, m in model.named_modules() if hasattr(m, "freeze_weight")}
         self._set_scores(scores)
 
     def _set_scores(self, scores: Mapping[str, float]) -> None:
+        if not isinstance(scores, Mapping):
+            raise TypeError(f"scores must map layer names to numbers, as AIWQMonitor.scores() does; got {brief(scores)}")
         if not scores:
             raise ValueError("no scores to rank: sample AIWQ first, on a model with convolutions followed by BatchNorm")
-        unknown = sorted(set(scores) - set(self._modules))
+        unknown = sorted(map(str, set(scores) - set(self._modules)))
         if unknown:
             raise ValueError(
                 f"{len(unknown)} scored names are no quantized layers of this model: {', '.join(unknown[:5])}"
             )
-        bad = sorted(name for name, score in scores.items() if not math.isfinite(score))
+        bad = sorted(n for n, score in scores.items() if not isinstance(score, numbers.Real) or not math.isfinite(score))
         if bad:
             raise ValueError(f"scores that are not finite cannot be ranked: {', '.join(bad[:5])}; sample again")
         self.scores = {name: float(score) for name, score in scores.items()}
@@ -61,14 +65,17 @@ class ProgressiveFreezer:
         """The layers that `stage` freezes, most unstable first; changes nothing.
 
         Raises:
-            ValueError: `stage` outside 0..stages.
+            ValueError: `stage` is no whole number within 0..stages.
         """
-        if not 0 <= stage <= self.stages:
-            raise ValueError(f"stage must be within 0..{self.stages}, got {stage}")
+        stage = check_whole(stage, "stage", 0, self.stages)
         return self.order[: len(self.order) * stage // self.stages]
 
     def apply(self, stage: int) -> list[str]:
-        """Put the ranked layers in the state of `stage` (whatever stage came before) and return the frozen names."""
+        """Put the ranked layers in the state of `stage` (whatever stage came before) and return the frozen names.
+
+        Raises:
+            ValueError: `stage` is no whole number within 0..stages.
+        """
         frozen = self.frozen_names(stage)
         # Thawing comes first: where two layers share one weight, frozen must win whatever the order of the names.
         for name in self.order[len(frozen) :]:
@@ -92,13 +99,19 @@ class ProgressiveFreezer:
         """Take over ranking and stage from `state_dict`, and apply the stage.
 
         Raises:
-            ValueError: another number of stages or kind of freezing, or scores this model does not have.
+            ValueError: a damaged state, another number of stages or kind of freezing, or scores this model does not have.
+                Nothing is changed then.
         """
+        check_state(state, ("stages", "freeze", "scores", "stage"), "ProgressiveFreezer")
         if (state["stages"], state["freeze"]) != (self.stages, self.freeze):
             raise ValueError(
                 f"saved freezer has stages={state['stages']}, freeze={state['freeze']!r}; "
                 f"this one stages={self.stages}, freeze={self.freeze!r}"
             )
+        if state["stage"] is not None:
+            check_whole(state["stage"], "saved freezer: stage", 0, self.stages)
+        if not isinstance(state["scores"], Mapping):
+            raise ValueError(f"saved freezer: scores must map layer names to numbers, got {brief(state['scores'])}")
         self._set_scores(state["scores"])
         if state["stage"] is None:
             self.release()
@@ -112,7 +125,11 @@ def freeze_all(model: nn.Module, intervals: bool = False) -> list[str]:
     Args:
         model: any model; quantized layers cache their quantized weight where that is constant.
         intervals: freeze all quantizer parameters too (weights and activations), so that BatchNorm and biases are left.
+
+    Raises:
+        TypeError: no model.
     """
+    check_module(model)
     names = []
     for name, module in model.named_modules():
         if is_weighted_layer(module):

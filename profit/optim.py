@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+from .checks import check_module, check_number
 
 _QUANTIZER_CHILDREN = ("input_quantizer", "weight_quantizer")
 
@@ -54,11 +56,12 @@ def param_groups(
         Dictionaries with "name" ("intervals", "weights" or "norm_bias"), "params", "lr", "weight_decay", "lr_mult".
 
     Raises:
-        ValueError: a negative rate or decay, or a model in which nothing trains.
+        ValueError: a rate or decay that is negative or not finite, or a model in which nothing trains. TypeError: no model.
     """
+    check_module(model)
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("interval_lr_mult", interval_lr_mult)):
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
+        # a rate may be a tensor, which is what optimizers captured in a CUDA graph take
+        check_number(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value, name, 0)
     claims = {
         "intervals": quantizer_parameters(model),
         "weights": [module.weight for module in model.modules() if is_weighted_layer(module)],

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .blocks import norm_to_defer, stand_ins, swap_modules
+from .checks import brief, check_module
 from .config import ACTIVATIONS, DuQConfig, check_bits
 from .dataflow import LayerFlow, is_layer, trace
 from .dataflow.refusal import leave_out, several
@@ -61,7 +62,13 @@ def quantize_(
     Raises:
         ConversionError: the model, or one named layer, cannot be converted. The model is unchanged then.
         CalibrationError: a layer whose weights are all zero or not finite. The model is unchanged then.
+        TypeError: an argument of another type.
     """
+    check_module(model)
+    if config is not None and not isinstance(config, DuQConfig):
+        raise TypeError(f"config must be a DuQConfig, got {brief(config)}; usage: quantize_(model, config, example_inputs)")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be a function of (module, name), got {brief(filter_fn)}")
     config = asked = DuQConfig() if config is None else config
     left_out = {name for name, module in model.named_modules() if _is_left_out(module, name, config, filter_fn)}
     if _is_converted(model, config, left_out):
@@ -220,13 +227,18 @@ def _warn_of_padding(model: nn.Module, convs: list[QuantConv2d]) -> None:
 
 
 def quant_layers(model: nn.Module) -> dict[str, QuantLayer]:
-    """Name -> quantized layer, in the order in which they ran at conversion."""
+    """Name -> quantized layer, in the order in which they ran at conversion. Raises TypeError for what is no model."""
+    check_module(model)
     found = [(name, m) for name, m in model.named_modules() if isinstance(m, QuantLayer)]
     return dict(sorted(found, key=lambda item: item[1].order))
 
 
 def layer_table(model: nn.Module) -> LayerTable:
-    """The layer table of a converted model as it stands now; empty if nothing is converted."""
+    """The layer table of a converted model as it stands now; empty if nothing is converted.
+
+    Raises:
+        TypeError: no model.
+    """
     return make_table(quant_layers(model).items())
 
 
@@ -242,8 +254,8 @@ def set_bits(
         weight_bits, act_bits: 2 to 8, None for full precision; leave out to leave as it is.
 
     Raises:
-        ValueError, TypeError: not a bit width. ConversionError: nothing is converted. CalibrationError: a layer's weights
-            are all zero or not finite; bit widths are as before then.
+        ValueError, TypeError: not a bit width, or no model. ConversionError: nothing is converted. CalibrationError: a
+            layer's weights are all zero or not finite; bit widths are as before then.
     """
     for bits, what in ((weight_bits, "weight_bits"), (act_bits, "act_bits")):
         if bits is not UNCHANGED:

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .checks import brief, check_flag, check_number, check_state, check_whole
+from .config import MAX_BITS, MIN_BITS, check_choice
+
 # A phase warms up over at most this share of its epochs; the published 3 of 15 epochs is exactly this share.
 MAX_WARMUP_SHARE = 0.2
 
@@ -96,8 +99,8 @@ class PhaseSchedule:
         resample: measure AIWQ afresh, with everything trainable, before every stage after the first. Adds epochs.
 
     Raises:
-        ValueError: bit widths out of 2..8, not descending or `profit_bits` not in `weight_bits`; negative lengths;
-            stages < 1; a non-positive learning rate; an unknown `freeze`; a schedule without any phase.
+        ValueError: bit widths out of 2..8, not descending or `profit_bits` not in `weight_bits`; lengths, stages, rates,
+            factors or flags of another type or out of range; an unknown `freeze`; a schedule without any phase.
     """
 
     fp_epochs: int = 15
@@ -125,7 +128,10 @@ class PhaseSchedule:
 
     def __post_init__(self) -> None:
         for name in ("act_bits", "weight_bits", "profit_bits"):
-            setattr(self, name, tuple(getattr(self, name)))
+            bits = getattr(self, name)
+            if isinstance(bits, str) or not isinstance(bits, Sequence):
+                raise ValueError(f"{name} must be a sequence of bit widths, as in (8, 5, 4); got {brief(bits)}")
+            setattr(self, name, tuple(bits))
         self._validate()
         self.phases = tuple(self._build())
         if not self.phases:
@@ -134,27 +140,26 @@ class PhaseSchedule:
     def _validate(self) -> None:
         for name in ("act_bits", "weight_bits"):
             bits = getattr(self, name)
-            if any(not 2 <= b <= 8 for b in bits):
-                raise ValueError(f"{name} must be within 2..8, got {bits}")
+            if any(isinstance(b, bool) or not isinstance(b, int) or not MIN_BITS <= b <= MAX_BITS for b in bits):
+                raise ValueError(f"{name} must be within {MIN_BITS}..{MAX_BITS}, got {bits}")
             if any(low >= high for high, low in zip(bits, bits[1:], strict=False)):
                 raise ValueError(f"{name} must descend, as in (8, 5, 4); got {bits}")
         unknown = [b for b in self.profit_bits if b not in self.weight_bits]
         if unknown:
             raise ValueError(f"profit_bits {unknown} are not in weight_bits {self.weight_bits}")
         for name in ("fp_epochs", "bn_epochs", "train_epochs", "sample_epochs", "stage_epochs", "final_bn_epochs"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be a whole number >= 0, got {value!r}")
-        if self.stages < 1:
-            raise ValueError(f"stages must be at least 1, got {self.stages}")
-        for name in ("lr", "fp_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        if self.warmup_epochs < 0 or not 0 <= self.warmup_factor <= 1 or not 0 <= self.min_lr_factor <= 1:
-            raise ValueError("warmup_epochs must be >= 0, warmup_factor and min_lr_factor within 0..1")
-        if self.freeze not in ("weights", "weights+intervals"):
-            raise ValueError(f'freeze must be "weights" or "weights+intervals", got {self.freeze!r}')
+            check_whole(getattr(self, name), name, 0)
+        check_whole(self.stages, "stages", 1)
+        check_number(self.lr, "lr", above=0)
+        if self.fp_lr is not None:
+            check_number(self.fp_lr, "fp_lr", above=0)
+        for name in ("warmup_epochs", "interval_lr_mult", "weight_decay"):
+            check_number(getattr(self, name), name, 0)
+        for name in ("warmup_factor", "min_lr_factor"):
+            check_number(getattr(self, name), name, 0, 1)
+        for name in ("profit", "resample"):
+            check_flag(getattr(self, name), name)
+        check_choice(self.freeze, ("weights", "weights+intervals"), "freeze")
 
     def _phase(self, name: str, kind: str, epochs: int, bits: tuple[int | None, int | None], **changes: Any) -> Phase:
         # BN phases go straight to the cosine; sampling keeps the full rate, as published.
@@ -245,10 +250,14 @@ class PhaseSchedule:
         """Carry on where `state` was taken.
 
         Raises:
-            ValueError: `state` belongs to a schedule with other phases or lengths.
+            ValueError: `state` is damaged, or belongs to a schedule with other phases or lengths.
         """
+        check_state(state, ("position", "phases"), "PhaseSchedule")
         ours = [[p.name, p.epochs] for p in self.phases]
-        theirs = [list(entry) for entry in state["phases"]]
+        theirs = state["phases"]
+        if not isinstance(theirs, Sequence) or not all(isinstance(e, (tuple, list)) and len(e) == 2 for e in theirs):
+            raise ValueError("saved state of PhaseSchedule: phases must be a list of [name, epochs]")
+        theirs = [list(entry) for entry in theirs]
         if ours != theirs:
             differing = [
                 f"{a[0]} ({a[1]} epochs) != {b[0]} ({b[1]} epochs)"
@@ -257,9 +266,7 @@ class PhaseSchedule:
             ]
             detail = differing[0] if differing else f"{len(theirs)} phases != {len(ours)} phases"
             raise ValueError(f"the saved position belongs to another schedule (saved != this one): {detail}")
-        if not 0 <= state["position"] <= len(self.phases):
-            raise ValueError(f"saved position {state['position']} is outside 0..{len(self.phases)}")
-        self.position = int(state["position"])
+        self.position = check_whole(state["position"], "saved position", 0, len(self.phases))
 
     def table(self, columns: Mapping[str, Sequence[str]] | None = None) -> str:
         """The phases as an aligned text table: bits, frozen share, what trains and the learning rates.

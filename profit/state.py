@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .blocks import can_defer, stand_ins, swap_modules
+from .checks import brief, check_module
 from .config import QUANTIZERS, DuQConfig, check_bits
 from .errors import CheckpointError, ConversionError
 from .nn import DeferredBatchNorm, QuantConv2d, QuantLayer, QuantLinear, StandIn
@@ -22,7 +23,7 @@ def quantization_state(model: nn.Module) -> dict[str, Any]:
     """What conversion decided, as a JSON-able dict; numbers learned or calibrated are in the model's state_dict.
 
     Raises:
-        ConversionError: nothing is converted.
+        ConversionError: nothing is converted. TypeError: no model.
     """
     layers = quant_layers(model)
     if not layers:
@@ -65,7 +66,11 @@ def apply_quantization_state_(model: nn.Module, state: Mapping[str, Any]) -> Lay
 
     Raises:
         CheckpointError: the state is damaged or belongs to another architecture. The model is unchanged then.
+        TypeError: no model.
     """
+    check_module(model)
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"a quantization state is what quantization_state returns, a mapping; got {brief(state)}")
     if state.get("format") != FORMAT or not isinstance(state.get("layers"), Mapping):
         raise CheckpointError(f"not a quantization state of format {FORMAT}: found format {state.get('format')!r}")
     if quant_layers(model):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..checks import first_line
 from ..errors import ConversionError
 from .bounds import Value
 from .flow import LayerFlow
@@ -59,7 +60,7 @@ def trace(
         except ConversionError:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-            raise ConversionError(f"the model does not run on example_inputs: {str(error).splitlines()[0]}") from error
+            raise ConversionError(f"the model does not run on example_inputs: {first_line(error)}") from error
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor) and tensor in recorder.values:
                 recorder.values[tensor].readers.add(-1)

@@ -121,7 +121,10 @@ class Layer:
                 f"layer {self.name!r}: its sums can reach {self.accumulator_bound}, more than a 32-bit accumulator holds: "
                 "use fewer bits for this layer"
             )
-        for what, values in (("weights", self.weight), ("folded scale", self.multiplier), ("folded bias", self.bias)):
+        interval = torch.tensor(0.0 if self.codes is None else self.codes.interval)
+        for what, values in (
+            ("weights", self.weight), ("folded scale", self.multiplier), ("folded bias", self.bias), ("input range", interval),
+        ):  # fmt: skip
             if values.is_floating_point() and not bool(torch.isfinite(values).all()):
                 raise ExportError(f"layer {self.name!r}: its {what} is not finite, so it cannot be exported")
 

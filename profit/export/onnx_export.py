@@ -16,11 +16,12 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import brief
 from ..errors import ExportError
 from .network import Network
 from .onnx_layers import ExactLayers, IntegerLayers
 from .onnx_operators import TRANSLATIONS, Graph
-from .trace import trace_network
+from .trace import check_call, trace_network
 
 MIN_OPSET, MAX_OPSET, DEFAULT_OPSET = 13, 25, 21
 
@@ -40,6 +41,10 @@ def export_onnx(
 ) -> OnnxSummary:
     """Write a quantized model as ONNX, with a free number of images.
 
+    Usage::
+
+        profit.export_onnx(model, "net.onnx", images)
+
     Args:
         model: converted and calibrated; it is not changed.
         path: replaced whole, or not at all.
@@ -50,10 +55,11 @@ def export_onnx(
 
     Raises:
         ExportError: the model, or one named layer or operator of it, cannot be exported; an unsupported opset; onnx is
-            missing. ProfitError: the file cannot be written.
+            missing. ProfitError: the file cannot be written. TypeError: an argument of another type.
     """
     from ..train.files import write_atomic
 
+    check_call(model, path, "export_onnx")
     _check_opset(opset)
     network = trace_network(model, example_inputs)
     proto, float_layers = build_onnx(network, opset=opset, integer=integer)
@@ -90,7 +96,9 @@ def build_onnx(network: Network, *, opset: int = DEFAULT_OPSET, integer: bool = 
 
 
 def _check_opset(opset: int) -> None:
-    if isinstance(opset, bool) or not isinstance(opset, int) or not MIN_OPSET <= opset <= MAX_OPSET:
+    if isinstance(opset, bool) or not isinstance(opset, int):
+        raise TypeError(f"opset must be a whole number, {MIN_OPSET} to {MAX_OPSET}; got {brief(opset)}")
+    if not MIN_OPSET <= opset <= MAX_OPSET:
         raise ExportError(
             f"ONNX opset {opset} is not supported: choose {MIN_OPSET} to {MAX_OPSET} "
             "(4-bit types need 21 or later, 2-bit types 25)"

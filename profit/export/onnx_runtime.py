@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import first_line
 from ..errors import ExportError
 from .compare import Codes
 from .onnx_operators import require
@@ -33,7 +34,7 @@ def load_onnx(path: str | Path) -> Any:
         proto = onnx.load_model_from_string(path.read_bytes())
         onnx.checker.check_model(proto)
     except (DecodeError, onnx.checker.ValidationError) as error:
-        raise ExportError(f"{path} is not a readable ONNX file: {str(error).strip().splitlines()[0]}") from None
+        raise ExportError(f"{path} is not a readable ONNX file: {first_line(error)}") from None
     return proto
 
 
@@ -62,7 +63,7 @@ def session(proto: Any, threads: int = 0, optimized: str | None = None, config: 
     try:
         return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except refusals as error:
-        raise ExportError(f"onnxruntime {ort.__version__} refuses the model: {str(error).strip().splitlines()[0]}") from None
+        raise ExportError(f"onnxruntime {ort.__version__} refuses the model: {first_line(error)}") from None
 
 
 def run(running: Any, images: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_module, check_path
 from ..errors import ExportError
 from ..quantize import quant_layers
 from ..state import apply_quantization_state_, quantization_state
@@ -32,7 +33,7 @@ from .bits import pack, unpack
 from .layers import positive
 from .network import ActivationCodes, Layer, Network, Step
 from .operators import OPERATORS
-from .trace import trace_network
+from .trace import check_call, trace_network
 
 FORMAT, VERSION = "profit-packed", 1
 METADATA_KEY = "profit"
@@ -59,6 +60,10 @@ class PackedSize:
 def export_packed(model: nn.Module, path: str | Path, example_inputs: Any, *, restorable: bool = True) -> PackedSize:
     """Write a quantized model to one packed .safetensors file.
 
+    Usage::
+
+        profit.export_packed(model, "net.safetensors", images)
+
     Args:
         model: converted and calibrated; it is not changed.
         path: replaced whole, or not at all.
@@ -71,7 +76,9 @@ def export_packed(model: nn.Module, path: str | Path, example_inputs: Any, *, re
 
     Raises:
         ExportError: the model, or one named layer or operator of it, cannot be exported. ProfitError: cannot be written.
+        TypeError: an argument of another type.
     """
+    check_call(model, path, "export_packed")
     network = trace_network(model, example_inputs)
     return write_packed(path, network, model if restorable else None)
 
@@ -120,7 +127,7 @@ def read_packed(path: str | Path) -> Network:
     """The network of a packed file, for :class:`~profit.export.runtime.IntegerRuntime`.
 
     Raises:
-        ExportError: no such file, not a packed file, truncated, changed, or of another version.
+        ExportError: no such file, not a packed file, truncated, changed, or of another version. TypeError: no path.
     """
     return _read(path).network
 
@@ -134,7 +141,9 @@ def load_packed_(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         ExportError: the file cannot be used (see :func:`read_packed`), lacks what this needs, or is of another model.
         CheckpointError: the model has other layers. A model that was not converted before may be converted by then.
+        TypeError: no model, or no path.
     """
+    check_module(model)
     content = _read(path)
     network, quantization, state = content.network, content.quantization, content.state
     if quantization is None:
@@ -183,7 +192,10 @@ def _read(path: str | Path) -> _Content:
     """The content of a file, after every check."""
     from safetensors import SafetensorError, safe_open
 
+    check_path(path, "read_packed(path)")
     path = Path(path)
+    if path.is_dir():
+        raise ExportError(f"{path} is a folder: name the packed .safetensors file in it")
     if not path.is_file():
         raise ExportError(f"there is no packed file {path}")
     try:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import brief
 from ..errors import ExportError
 from .network import ActivationCodes, Layer, Network
 from .operators import OPERATORS
@@ -89,9 +90,16 @@ class IntegerRuntime:
     Args:
         network: from `read_packed` or `trace_network`.
         dtype: of everything between the layers; the sums themselves are int32.
+
+    Raises:
+        TypeError: no network, or no floating-point dtype.
     """
 
     def __init__(self, network: Network, dtype: torch.dtype = torch.float64) -> None:
+        if not isinstance(network, Network):
+            raise TypeError(f"network must be a Network, got {brief(network)}: IntegerRuntime(read_packed(path)) runs a file")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {brief(dtype)}")
         self.network, self.dtype = network, dtype
         self._constants = {name: value.to(dtype) for name, value in network.constants.items()}
 
@@ -104,8 +112,10 @@ class IntegerRuntime:
                 them, or to compare a layer on codes from elsewhere.
 
         Raises:
-            ValueError: images of another size. ExportError: a NaN reached a quantizer.
+            ValueError: images of another size. TypeError: images that are no tensor. ExportError: a NaN reached a quantizer.
         """
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor [N, C, H, W], got {brief(images)}")
         expected = self.network.input_shape[1:]
         if tuple(images.shape[1:]) != expected:
             raise ValueError(f"the network was exported for images {list(expected)}, got {list(images.shape[1:])}")

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import swap_modules, unfuse_
+from ..checks import brief, check_path, first_line
 from ..errors import CalibrationError, ExportError
 from ..nn import QuantConv2d, QuantLayer, weight_batch
 from ..quantize import quant_layers
@@ -69,6 +70,14 @@ def trace_network(model: nn.Module, example_inputs: Any, *, allow_float: bool = 
         program = program.run_decompositions({})  # in-place operators become ordinary ones; nothing is decomposed
     builder = Builder(program, {name: sources[name] for name in layers})
     return builder.network(tuple(images.shape[1:]))
+
+
+def check_call(model: object, path: object, name: str) -> None:
+    """Raise TypeError where the arguments of the exporter `name` are of another type, or in another order."""
+    usage = f"{name}(model, path, example_inputs)"
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {brief(model)}; usage: {usage}")
+    check_path(path, usage)
 
 
 def checked_layers(model: nn.Module, allow_float: bool = False) -> dict[str, QuantLayer]:
@@ -136,8 +145,8 @@ def export_program(plain: nn.Module, images: Tensor) -> torch.export.ExportedPro
             return torch.export.export(plain, (images,), dynamic_shapes=(batch,), strict=False)
     # torch.export raises RuntimeError and its subclasses for what it cannot follow, and the model's own errors as they are.
     except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ExportError(f"torch.export cannot follow the model with a free number of images: {first}") from error
+        why = first_line(error)
+        raise ExportError(f"torch.export cannot follow the model with a free number of images: {why}") from error
 
 
 def _is_mutating(node: torch.fx.Node) -> bool:

@@ -21,6 +21,7 @@ from zipfile import BadZipFile
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_module, check_path, first_line
 from ..errors import ExportError
 from ..quantize import quant_layers
 from .compare import Codes, Comparison, compare_runtime, exact_copy, layers_by_run, model_codes
@@ -89,6 +90,10 @@ def verify(
 ) -> Verification:
     """Compare an exported file with the model it was made from.
 
+    Usage::
+
+        print(profit.verify("net.safetensors", model, [images]))
+
     Args:
         exported: a packed .safetensors, an .onnx or a .pt2 file.
         model: the converted model, in any mode; it is not changed.
@@ -97,8 +102,11 @@ def verify(
         trust: open a .pt2 file, which can run code of whoever made it.
 
     Raises:
-        ExportError: the file cannot be used or is of another model; there are no images.
+        ExportError: the file cannot be used or is of another model; there are no images. TypeError: an argument of another
+            type.
     """
+    check_path(exported, "verify(exported, model, batches)", "exported")
+    check_module(model)
     path = Path(exported)
     check = {".onnx": _Onnx, ".pt2": _Program, ".safetensors": _Packed}.get(path.suffix)
     if check is None:
@@ -257,7 +265,7 @@ class _Program(_Check):
         try:
             self.program = torch.export.load(path).module()
         except (RuntimeError, ValueError, KeyError, OSError, BadZipFile) as error:
-            raise ExportError(f"{path} is not a readable .pt2 file: {str(error).strip().splitlines()[0]}") from None
+            raise ExportError(f"{path} is not a readable .pt2 file: {first_line(error)}") from None
         result.notes.append("a .pt2 file shows no codes: outputs and classes only")
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:

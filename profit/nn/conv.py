@@ -172,6 +172,11 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         }  # fmt: skip
         if norm is None:
             return duq_conv2d(x, *quantized, **settings)
+        if norm.uses_batch and x.numel() == x.shape[1]:
+            raise ValueError(
+                f"layer {self.layer_name!r}: the BatchNorm in front needs more than one value per channel in training mode, "
+                f"got {list(x.shape)}: use larger images or batches"
+            )
         momentum = norm.count_batch()
         record: list[tuple[Tensor, Tensor]] = []
         y = block_conv2d(

@@ -144,6 +144,8 @@ class QuantLayer(nn.Module):
         self._cached_weight = None
         if not self._frozen_intervals or self.weight_quantizer.bits is None or self.weight.is_inference():
             return
+        if self.weight.is_meta or not self.weight_quantizer.is_initialized:  # before and after to_empty: no data yet
+            return
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
             self._cached_weight = self.weight_quantizer(self.weight).detach()
         self._cached_versions = self._versions()

@@ -192,7 +192,7 @@ def _start(values: Tensor, high: int, channels: int | None, where: str) -> Tenso
     """LSQ's first step 2 mean|x| / sqrt(Q_P), [1] or [channels]; an all-zero channel takes that of the whole tensor."""
     magnitude = values.detach().double().abs()
     whole = magnitude.mean().reshape(1)
-    if not (torch.isfinite(whole).item() and whole.item() > 0):
+    if not values.is_meta and not (torch.isfinite(whole).item() and whole.item() > 0):
         raise CalibrationError(f"the data of {where} are all zero or not finite: LSQ's step has no start")
     mean = whole if channels is None else magnitude.flatten(1).mean(1)
     return 2.0 * torch.where(mean > 0, mean, whole) / math.sqrt(high)

@@ -73,12 +73,23 @@ class _Quantizer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> _Quantizer:
         # Intervals stay in float32 when a model is cast to half precision: their updates are lr * 1e-2 small.
         exact = {name: p.detach() for name, p in self.named_parameters(recurse=False)}
+        was_meta = self.a.is_meta
         super()._apply(fn, recurse)
         for name, p in self.named_parameters(recurse=False):
             if p.dtype.itemsize < 4:
                 p.data = exact[name].to(device=p.device)
                 p.grad = None
+        if was_meta and not self.a.is_meta:
+            self._forget()
         return self
+
+    @torch.no_grad()
+    def _forget(self) -> None:
+        """Back to no range: `to_empty` leaves any memory here, the flag included, which would then count as set."""
+        for parameter in self.parameters(recurse=False):
+            parameter.copy_(inverse_softplus(torch.ones_like(parameter)))
+        getattr(self, self._flag).zero_()
+        self._ready = False
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

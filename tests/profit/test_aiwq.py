@@ -222,3 +222,25 @@ def test_wrong_arguments(rng):
         AIWQMonitor(nn.Sequential(nn.Conv2d(3, 3, 1)))
     with pytest.raises(TrainingError, match="two iterations"):
         AIWQMonitor(net).scores()
+
+
+@pytest.mark.parametrize("case", ["nan", "eval", "no_grad", "every", "loaded"])
+def test_why_there_is_no_sample(rng, case):
+    net = tiny_net(rng).train(case != "eval")
+    monitor = AIWQMonitor(net, every=5 if case == "every" else 1)
+    x = batch(rng)[0]
+    for _ in range(3):
+        with torch.set_grad_enabled(case not in ("no_grad", "loaded")):
+            net(x * math.nan if case == "nan" else x)
+        monitor.step()
+    if case == "loaded":
+        state = monitor.state_dict()
+        monitor.remove()
+        monitor = AIWQMonitor(net)
+        monitor.load_state_dict(state)
+    ran_not = "step.. was called 3 times, but no ranked layer ran in training mode with gradients"
+    message = {"nan": "all 6 samples of a layer were NaN", "eval": ran_not, "no_grad": ran_not,
+               "every": "two iterations .6 with every=5.", "loaded": "two iterations with"}[case]  # fmt: skip
+    with pytest.raises(TrainingError, match=message) as caught:
+        monitor.scores()
+    assert "\n" not in str(caught.value)

@@ -114,6 +114,32 @@ def test_state_of_something_else_is_refused(rng):
         AIWQMonitor(nn.Sequential(net.stem, net.pw)).load_state_dict(state)
 
 
+@pytest.mark.parametrize(("change", "message"), [
+    (None, "a mapping is needed, got None"), ({}, "'mode' is missing"), ({"mode": 9}, "mode must be.* within 0..1"),
+    ({"mode": "corrected"}, "mode must be"), ({"every": 1.5}, "every must be"), ({"decay": "a"}, "decay must be"),
+    ({"iteration": None}, "iteration must be"), ({"layer.dw": torch.zeros(3)}, r"'layer.dw' must be .*\[4\], got .*\[3\]"),
+    ({"layer.dw": None}, "'layer.dw' must be"), ({"previous.dw": torch.zeros(1)}, "'previous.dw' must be"),
+    ({"previous.dw": torch.zeros(8, 1, 3, 3, dtype=torch.int64)}, "'previous.dw' must be a tensor of floats.*int64"),
+    ({"previous.x": torch.zeros(1)}, "other layers; differing: x"), ({"previous.dw": "absent"}, "differing: dw"),
+])  # fmt: skip
+def test_damaged_state_is_refused(rng, change, message):
+    net = tiny_net(rng)
+    monitor = AIWQMonitor(net)
+    net(batch(rng)[0])
+    monitor.step()
+    state = monitor.state_dict()
+    assert "previous.dw" in state
+    damaged = change if not change else {**state, **change}
+    if change == {"previous.dw": "absent"}:
+        del damaged["previous.dw"]
+    with pytest.raises(ValueError, match=message) as caught:
+        monitor.load_state_dict(damaged)
+    assert "\n" not in str(caught.value)
+    after = monitor.state_dict()
+    assert list(after) == list(state)
+    assert all(torch.equal(torch.as_tensor(value), torch.as_tensor(after[key])) for key, value in state.items())
+
+
 class Branching(nn.Module):
     """`shared` runs twice, `rare` only when asked for; `twin` has the weight of `shared` and its own quantizers."""
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from profit.bn import reestimate_bn_
+from profit.errors import CalibrationError
 from tests import tolerances
 from tests.profit.tiny_net import tiny_net
 
@@ -66,8 +69,10 @@ def test_everything_else_is_left_alone(rng, training):
         ([], ValueError, "no batch"),
         (["path.png"], TypeError, "str"),
         ([torch.zeros(4, 2, 6, 6)], RuntimeError, "channels"),
+        ([torch.full((4, 3, 6, 6), math.nan)], CalibrationError, "the input of '1' holds NaN or infinity"),
+        ([torch.ones(4, 3, 6, 6), torch.full((4, 3, 6, 6), math.inf)], CalibrationError, "the input of '1' holds NaN"),
     ],
-    ids=["empty", "text", "shape"],
+    ids=["empty", "text", "shape", "nan", "inf"],
 )
 def test_failures_leave_the_statistics(rng, loader, error, message):
     net = small(rng)
@@ -88,8 +93,9 @@ def test_forms_of_a_batch(rng):
 
 
 def test_wrong_arguments(rng):
-    with pytest.raises(ValueError, match="batches"):
-        reestimate_bn_(small(rng), batches_of(rng), 0)
+    for batches in (0, 1.5, "8", True):
+        with pytest.raises(ValueError, match="batches must be a whole number, at least 1; got"):
+            reestimate_bn_(small(rng), batches_of(rng), batches)
     for model in (nn.Linear(3, 3), nn.BatchNorm2d(3, track_running_stats=False)):
         with pytest.raises(ValueError, match="no BatchNorm"):
             reestimate_bn_(model, [torch.zeros(2, 3)], 1)

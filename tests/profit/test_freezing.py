@@ -153,3 +153,37 @@ def test_bad_scores_and_stages(rng):
     for stage in (-1, 4):
         with pytest.raises(ValueError, match="0..3"):
             ProgressiveFreezer(net, {"dw": 1.0}).apply(stage)
+
+
+@pytest.mark.parametrize("value", [2.5, "3", True, None])
+def test_numbers_that_are_no_stage(rng, value):
+    net = tiny_net(rng)
+    with pytest.raises(ValueError, match="stages must be a whole number, at least 1; got"):
+        ProgressiveFreezer(net, {"dw": 1.0}, stages=value)
+    freezer = ProgressiveFreezer(net, {"dw": 1.0})
+    for call in (freezer.apply, freezer.frozen_names):
+        with pytest.raises(ValueError, match="stage must be a whole number, within 0..3; got"):
+            call(value)
+    assert freezer.stage is None and not frozen_layers(net)
+
+
+@pytest.mark.parametrize(("scores", "error"), [
+    (["dw"], TypeError), ("dw", TypeError), (None, TypeError), ({"dw": "high"}, ValueError), ({3: 1.0, "x": 1.0}, ValueError),
+])  # fmt: skip
+def test_scores_that_are_none(rng, scores, error):
+    with pytest.raises(error) as caught:
+        ProgressiveFreezer(tiny_net(rng), scores)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("state", [
+    None, {}, {"stages": 3}, {"stages": 3, "freeze": "weights", "scores": {"dw": 1.0}, "stage": "2"},
+    {"stages": 3, "freeze": "weights", "scores": ["dw"], "stage": 2},
+])  # fmt: skip
+def test_damaged_state_changes_nothing(rng, state):
+    net = tiny_net(rng)
+    freezer = ProgressiveFreezer(net, {"pw": 1.0})
+    freezer.apply(3)
+    with pytest.raises(ValueError, match="^saved "):
+        freezer.load_state_dict(state)
+    assert freezer.order == ["pw"] and freezer.stage == 3 and frozen_layers(net) == {"pw"}

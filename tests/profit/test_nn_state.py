@@ -15,6 +15,7 @@ from profit.config import DuQConfig
 from profit.errors import CalibrationError, ConversionError
 from profit.nn import InputQuantizer, QuantConv2d, QuantLinear, WeightQuantizer
 from profit.nn.quantizer import inverse_softplus
+from profit.quantize import quantize_, set_bits
 from tests import tolerances
 
 
@@ -221,3 +222,28 @@ def test_cache_follows_every_change(groups, rng):
     layer.set_weight_bits(None)
     assert layer.cached_weight() is None and layer.quantized_weight() is layer.weight
     assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))
+
+
+@pytest.mark.parametrize("quantizer", ["duq", "pact", "qil", "lsq", "lsq+"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_to_empty_sets_nothing(quantizer, frozen, rng, monkeypatch):
+    source, x = nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8, generator=rng)
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3))
+        quantize_(model, DuQConfig(4, 4, quantizer=quantizer), torch.empty(1, 3, 8, 8))
+    layer = model[0]
+    if frozen:
+        layer.freeze_weight(intervals=True)
+    garbage = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda t, **kwargs: garbage(t, **kwargs).fill_(float("nan")))
+    model.to_empty(device="cpu")
+    monkeypatch.undo()
+    layer.load_state_dict(source.state_dict(), strict=False)
+    assert not layer.weight_quantizer.is_initialized and layer.weight_quantizer.initialized == 0
+    assert not layer.input_quantizer.is_calibrated and all(p.isfinite().all() for p in layer.parameters())
+    with pytest.raises(CalibrationError, match="weight interval of layer '0' is not set.*set_bits"):
+        model(x)
+    set_bits(model, 4)
+    fresh = nn.Sequential(source)
+    quantize_(fresh, DuQConfig(4, 4, quantizer=quantizer), x)
+    assert torch.equal(model(x), fresh(x))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -70,6 +72,11 @@ def test_frozen_parameters_are_left_out(rng):
 
 def test_ordinary_model_and_wrong_values():
     assert [g["name"] for g in param_groups(nn.Linear(2, 2), 0.1, 0.0)] == ["weights", "norm_bias"]
-    for name in ("lr", "weight_decay", "interval_lr_mult"):
-        with pytest.raises(ValueError, match=name):
-            param_groups(nn.Linear(2, 2), **({"lr": 0.1, "weight_decay": 0.0} | {name: -1.0}))
+    assert param_groups(nn.Linear(2, 2), torch.tensor(0.5), 0.0)[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "interval_lr_mult"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "0.1", None, True, torch.tensor(math.nan)], ids=str)
+def test_rates_that_are_none(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number, at least 0; got"):
+        param_groups(nn.Linear(2, 2), **({"lr": 0.1, "weight_decay": 0.0} | {name: value}))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import operator
+import pickle
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -135,3 +139,22 @@ def test_config_as_json():
     assert DuQConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match="unknown quantization setting 'bits'"):
         DuQConfig.from_dict({"bits": 4})
+
+
+@pytest.mark.parametrize("wrap", [dict, MappingProxyType])
+def test_overrides_are_copied_and_fixed(wrap):
+    own = {"a": {"weight_bits": 3}}
+    config, same = DuQConfig(overrides=wrap(own)), DuQConfig(overrides={"a": {"weight_bits": 3}})
+    own["a"]["weight_bits"] = 99
+    own["b"] = {"skip": True}
+    assert config == same and hash(config) == hash(same) and config.for_layer("a").weight_bits == 3
+    for copied in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), dataclasses.replace(config)):
+        assert copied == config and hash(copied) == hash(config)
+    assert json.loads(json.dumps(dataclasses.asdict(config))) == config.to_dict()
+    assert type(config.to_dict()["overrides"]) is dict and type(config.to_dict()["overrides"]["a"]) is dict
+    for change in (
+        lambda: config.overrides.update(b={}), lambda: config.overrides["a"].pop("weight_bits"),
+        lambda: operator.setitem(config.overrides["a"], "weight_bits", 99), lambda: config.overrides.__ior__({}),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="cannot be changed"):
+            change()

