@@ -7,6 +7,7 @@ The run folder must be on a file system that all processes see; only process 0 w
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ def process_group(timeout_s: float) -> Iterator[None]:
         ) from error
     finally:
         if own and dist.is_initialized():
+            gc.collect()  # a wrapped model lies in cycles that hold the group, whose threads must end before the interpreter
             dist.destroy_process_group()
 
 
