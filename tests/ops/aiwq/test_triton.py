@@ -148,9 +148,9 @@ def compare_layer(rng, name, dtype, layout, act_bits, kind, bias=True):
             for w in (w_old, w_new)
         )
     if dtype == torch.float32:
-        conv = (settings["stride"], 0, settings["dilation"], settings["groups"])
-        y_old = F.conv2d(F.pad(qx, settings["padding"], value=settings["pad_value"]), w_old, b, *conv)
-        assert_kl_close(actual, expected, y_new, y_old)
+        padded = F.pad(qx, settings["padding"], value=settings["pad_value"])
+        conv = (settings["stride"], settings["dilation"], settings["groups"])
+        assert_kl_close(actual, expected, padded, w_new, w_old, b, *conv)
     else:
         torch.testing.assert_close(actual, expected, equal_nan=True, **tolerances.KL_CONV_KERNEL[dtype])
     if y_new[:, 0].numel() > 1:
