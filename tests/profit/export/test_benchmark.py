@@ -28,7 +28,7 @@ def test_a_small_run(tmp_path, monkeypatch, capsys):
         assert list(rows) == list(export.CONFIGURATIONS)
         for row in rows.values():
             proof = row["codes"]["model in float64 / integer runtime"]
-            assert proof["codes"] > 10**5 and proof["differing_outside"] == 0 and not row["failures"]
+            assert proof["codes"] > 5 * 10**4 and proof["differing_outside"] == 0 and not row["failures"]
     size = results["sizes"]["mobilenetv3_small_050"]
     assert size["4"]["codes"] == pytest.approx(size["8"]["codes"] / 2, rel=1e-3)
     assert size["2"]["packed"] < size["3"]["packed"] < size["4"]["packed"] < size["8"]["packed"] < size["float32 state"]

@@ -194,5 +194,5 @@ def test_mobilenets(name, bits, rng, tmp_path):
     profit.export_onnx(model, tmp_path / "net.onnx", x, integer=True)
     for file in ("net.safetensors", "net.onnx"):
         result = profit.verify(tmp_path / file, model, [x[:2]])
-        assert not result.failures() and result.comparisons[0].total("codes") > 10**6
+        assert not result.failures() and result.comparisons[0].total("codes") > 5 * 10**5
     assert torch.equal(profit.load_packed_(timm.create_model(name), tmp_path / "net.safetensors")(x), model(x))
