@@ -191,9 +191,16 @@ def geometry(
     dilation: int | Sequence[int],
 ) -> tuple[list[int], list[int], list[int]]:  # fmt: skip
     """Stride, padding (left, right, top, bottom) and dilation as the operators' schemas take them; the kernel must fit in x."""
-    found = list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1))
+    found = steps(op, stride, padding, dilation)
     output_size(op, x, weight, *found)
     return found
+
+
+def steps(
+    op: str, stride: int | Sequence[int], padding: int | Sequence[int], dilation: int | Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """`geometry` without a look at the tensors."""
+    return list(pair(op, "stride", stride, 1)), list(pads(op, padding)), list(pair(op, "dilation", dilation, 1))
 
 
 def _check_tensors(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

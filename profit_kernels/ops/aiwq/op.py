@@ -91,10 +91,8 @@ def check_layer(
     groups = checks.check_convolution(op, x, weight, bias, groups)
     checks.check_beside(op, x, "y_new", y_new)
     checks.check_number(op, "pad_value", pad_value)
-    checks.check_sides(
-        op, x, weight, a_x, c_x, None, None, act_bits, None, signed, offset, activation, pad_value
-    )
-    geometry = checks.geometry(op, x, weight, stride, padding, dilation)
+    checks.check_sides(op, x, weight, a_x, c_x, None, None, act_bits, None, signed, offset, activation, None)
+    geometry = checks.steps(op, stride, padding, dilation)
     expected = (x.shape[0], weight.shape[0], *checks.output_size(op, x, weight, *geometry))
     if tuple(y_new.shape) != expected:
         raise ValueError(f"{op}: y_new must be this layer's output {expected}, got {tuple(y_new.shape)}")
