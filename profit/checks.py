@@ -22,10 +22,10 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def check_module(model: object, what: str = "model") -> None:
-    """Raise TypeError unless `model` is an nn.Module."""
+def check_module(model: object, usage: str = "") -> None:
+    """Raise TypeError, showing the `usage` of the function where there is one, unless `model` is an nn.Module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{what} must be a torch.nn.Module, got {brief(model)}")
+        raise TypeError(f"model must be a torch.nn.Module, got {brief(model)}{'; usage: ' if usage else ''}{usage}")
 
 
 def check_path(path: object, usage: str, what: str = "path") -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from zipfile import is_zipfile
 
 from torch import nn
 
@@ -72,8 +71,6 @@ def verify_run(
 
     if images is not None and images < 1:
         raise ExportError(f"--images {images}: at least one image is needed")
-    if exported.suffix == ENDINGS["torch"] and exported.is_file() and not is_zipfile(exported):
-        raise ExportError(f"{exported} is no file that torch.export wrote")  # torch would print its own trace first
     model, _ = _network(run, checkpoint)
     recipe = load_recipe(run / RECIPE)
     data = create_data(recipe.data, seed=recipe.run.seed)

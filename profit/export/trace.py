@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..blocks import swap_modules, unfuse_
-from ..checks import brief, check_path, first_line
+from ..checks import check_module, check_path, first_line
 from ..errors import CalibrationError, ExportError
 from ..nn import QuantConv2d, QuantLayer, weight_batch
 from ..quantize import quant_layers
@@ -75,8 +75,7 @@ def trace_network(model: nn.Module, example_inputs: Any, *, allow_float: bool = 
 def check_call(model: object, path: object, name: str) -> None:
     """Raise TypeError where the arguments of the exporter `name` are of another type, or in another order."""
     usage = f"{name}(model, path, example_inputs)"
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {brief(model)}; usage: {usage}")
+    check_module(model, usage)
     check_path(path, usage)
 
 

@@ -12,11 +12,12 @@ Outputs and the top-1 class come from free runs of each.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +112,8 @@ def verify(
     check = {".onnx": _Onnx, ".pt2": _Program, ".safetensors": _Packed}.get(path.suffix)
     if check is None:
         raise ExportError(f"{path}: only .safetensors (packed), .onnx and .pt2 files can be verified")
+    if check is _Program and path.is_file() and not is_zipfile(path):  # of which torch would print a trace of its own
+        raise ExportError(f"{path} is not a readable .pt2 file: it is no file that torch.export wrote")
     if check is _Program and not trust:
         raise ExportError(f"{path}: opening a .pt2 file can run code hidden in it; --trust (trust=True) if it is your own")
     work, result = None, Verification(str(path))
@@ -128,15 +131,15 @@ def verify(
     return result
 
 
-class _Check:
+class _Check(ABC):
     """What the checks have in common: the model's own outputs, and counting."""
 
     def __init__(self, path: Path, model: nn.Module, images: Tensor, result: Verification) -> None:
         self.path, self.model, self.result = path, model, result
 
+    @abstractmethod
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         """The output of everything that is compared, the model's first."""
-        raise NotImplementedError
 
     def batch(self, images: Tensor, labels: Tensor | None) -> None:
         """Compare on one batch."""
@@ -185,13 +188,13 @@ class _Network(_Check):
             self.given: Any = None
             result.executed = describe(executed(self.proto).items())
 
+    @abstractmethod
     def read(self, traced: Network) -> Network:
         """The network to run, from the file or as traced; compares its weights with the traced ones."""
-        raise NotImplementedError
 
+    @abstractmethod
     def onnx(self) -> tuple[Any, dict[str, float]]:
         """(the model for onnxruntime or None, how far from an edge it may differ where it rounds a bias)."""
-        raise NotImplementedError
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         exact, codes = self.of_model(self.exact, images.double())
