@@ -21,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import profit
+from profit.train.files import write_atomic
 
 from . import options
 from .rows import Report
@@ -145,8 +146,7 @@ def main(argv: Sequence[str]) -> int:
                          "triton": sum(c.total() for c in counts.triton.values()), "by_name": by_name})  # fmt: skip
     content = report.to_dict() | {"rows": rows}
     if given.json is not None:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_atomic(given.json, json.dumps(content, indent=1) + "\n")
     print(table(rows))
     return 0
 

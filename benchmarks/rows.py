@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from profit.errors import ProfitError
-from profit.train.files import write_atomic
+from profit.train.files import target, write_atomic
 from profit.train.results import git_commit, versions
 
 from .digits import processor
@@ -131,15 +131,14 @@ class Report:
 
 
 def _check_writable(path: Path) -> None:
-    """Raise ProfitError where no file can be made beside `path`: before anything is measured, not after."""
+    """Raise ProfitError where `write_atomic` could not write: before anything is measured, not after."""
+    path = target(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise ProfitError(f"cannot write {path}: {error.strerror or error}") from None
-    if path.exists() and not path.is_file():
-        raise ProfitError(f"cannot write {path}: it is no regular file")
 
 
 def device_name(device: str) -> str:

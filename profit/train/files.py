@@ -16,9 +16,7 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
     Raises:
         ProfitError: the folder cannot be written (full disk, no permission, ...), or `path` is a folder, a device or a pipe.
     """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
-        raise ProfitError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no regular file'}")
+    path = target(path)
     temporary = path.with_name(f".{path.name}.tmp")
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -33,6 +31,14 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise ProfitError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def target(path: str | Path) -> Path:
+    """The file that writing `path` replaces: the end of a link. Raises ProfitError for a folder, a device or a pipe."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise ProfitError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no regular file'}")
+    return path
 
 
 def sync_folder(folder: Path) -> None:

@@ -103,10 +103,9 @@ def is_begun(folder: Path) -> bool:
 def is_of_a_run(path: Path) -> bool:
     """Whether a run folder keeps such a file itself, so that nothing else may be written there."""
     path = Path(os.path.realpath(path))
-    own = path.parent / RECIPE if path.name in (RECIPE, RESULTS, MODEL, TEACHER) else None
     if path.parent.name == CHECKPOINTS:
-        own = path.parent.parent / RECIPE
-    return own is not None and own.is_file()
+        return (path.parent.parent / RECIPE).is_file()
+    return path.name in (RECIPE, RESULTS, MODEL, TEACHER) and (path.parent / RECIPE).is_file()
 
 
 def newest_checkpoint(folder: Path) -> tuple[str | None, list[str]]:
