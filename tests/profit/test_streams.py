@@ -17,7 +17,7 @@ from profit.train import train
 from profit.train.recipe import DataRecipe
 from profit.train.sharding import epoch_seed, shard
 
-from .train.tiny_run import tiny_recipe
+from .train.tiny_run import interrupt_after, tiny_recipe
 
 pytest.importorskip("webdataset")
 SHARDS, EACH, CLASSES = 4, 8, 2
@@ -82,21 +82,9 @@ def test_a_run_on_a_stream_is_resumed_bit_for_bit(folder, tmp_path, monkeypatch)
     whole = train(recipe, tmp_path / "whole", quiet=True)
     assert whole["final"]["accuracy"] >= 0
 
-    from profit.train.trainer import Trainer
-
-    class Stop(Exception):
-        pass
-
-    save = Trainer._save_checkpoint
-
-    def stop_in_the_middle(self):
-        save(self)
-        if self._global_epoch() == 2:
-            raise Stop
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save_checkpoint", stop_in_the_middle)
-        with pytest.raises(Stop):
+        interrupt_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
             train(recipe, tmp_path / "parts", quiet=True)
     parts = train(recipe, tmp_path / "parts", resume=True, quiet=True)
     assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "parts/model.safetensors").read_bytes()

@@ -9,7 +9,7 @@ import pytest
 import profit.train.trainer as trainer
 from profit.train import train
 
-from .tiny_run import tiny_recipe
+from .tiny_run import interrupt_after, tiny_recipe
 
 # fp 1-2 | a4: bn 3, train 4, bn2 5 | w4: bn 6, sample 7-8, stages 9-10, 11-12, 13-14, final 15
 EPOCHS = 15
@@ -29,20 +29,6 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     train(tiny_recipe(*CHANGES), folder, quiet=True)
     return folder
-
-
-def _interrupt_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
-    """Raise KeyboardInterrupt when the epoch after `epochs` epochs has been trained but not yet been kept."""
-    original, count = trainer.train_epoch, []
-
-    def interrupted(*args, **kwargs):
-        stats = original(*args, **kwargs)
-        count.append(1)
-        if len(count) > epochs:
-            raise KeyboardInterrupt
-        return stats
-
-    monkeypatch.setattr(trainer, "train_epoch", interrupted)
 
 
 def _figures(folder) -> list:
@@ -69,7 +55,7 @@ def test_resumed_weights_are_bit_identical(whole, tmp_path, monkeypatch, epochs:
     for target in epochs:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             if target < EPOCHS:
-                _interrupt_after(patch, target - done)
+                interrupt_after(patch, target - done)
             else:
 
                 def interrupted(*args):
@@ -92,7 +78,7 @@ def test_resumed_weights_are_bit_identical(whole, tmp_path, monkeypatch, epochs:
 def test_a_damaged_newest_checkpoint_is_told_and_the_one_before_it_used(whole, tmp_path, monkeypatch, capsys) -> None:
     folder = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        _interrupt_after(patch, 8)
+        interrupt_after(patch, 8)
         train(tiny_recipe(*CHANGES), folder, quiet=True)
     newest = folder / "checkpoints" / "epoch-00008.safetensors"
     content = bytearray(newest.read_bytes())

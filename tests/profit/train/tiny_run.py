@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from profit.train import Recipe, parse_recipe
+import pytest
+
+from profit.train import Recipe, parse_recipe, trainer
 from profit.train.recipe_io import apply_overrides
 
 VALUES: dict[str, Any] = {
@@ -23,3 +25,17 @@ VALUES: dict[str, Any] = {
 def tiny_recipe(*overrides: str) -> Recipe:
     """The recipe with some values changed, `section.key=value`."""
     return parse_recipe(apply_overrides(VALUES, overrides))
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, epochs: int) -> None:
+    """Raise KeyboardInterrupt when the epoch after `epochs` epochs has been trained but not yet been kept."""
+    original, count = trainer.train_epoch, []
+
+    def interrupted(*args, **kwargs):
+        stats = original(*args, **kwargs)
+        count.append(1)
+        if len(count) > epochs:
+            raise KeyboardInterrupt
+        return stats
+
+    monkeypatch.setattr(trainer, "train_epoch", interrupted)
