@@ -63,6 +63,9 @@ def record_band(request: pytest.FixtureRequest):
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
+    # Again at the end, where a log that keeps only its tail still has it.
+    if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+        terminalreporter.line(f"These failures again: PROFIT_TEST_SEED={BASE_SEED}")
     totals: dict[str, list[int]] = {}
     for outcome in ("passed", "failed"):
         for report in terminalreporter.getreports(outcome):

@@ -21,7 +21,7 @@ KL_UNRELATED = {"rtol": 1e-6, "atol": 1e-8}
 GOLDEN_KL = {"rtol": 1e-4, "atol": 1e-9}
 # Two float32 convolutions of one definition whose sums run in another order.
 CONV = {"rtol": 1e-5, "atol": 1e-5}
-# The same, relative to the sum of the magnitudes of the terms: k * k products, or N * H * W of them for a weight.
+# The same, relative to the sum of the magnitudes of the terms: k * k products, or N * H * W of them for a weight. 33 roundings.
 CONV_OF_MAGNITUDE = 2e-6
 # Results in a half precision, in the backward after an intermediate of that precision: two roundings.
 HALF_OF_MAGNITUDE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}

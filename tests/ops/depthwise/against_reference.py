@@ -72,7 +72,8 @@ def _cpu(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.cpu()
 
 
-def _assert_within(name: str, actual: Tensor, expected: Tensor, allowed: Tensor | float) -> None:
+def assert_within(name: str, actual: Tensor, expected: Tensor, allowed: Tensor | float) -> None:
+    """NaN in the same places, and elsewhere no further apart than `allowed`, element by element."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape, name
     actual, expected = actual.double(), expected.double()
     assert torch.equal(actual.isnan(), expected.isnan()), f"{name}: NaN in other places"
@@ -117,7 +118,7 @@ def compare(case: Case, backend: str, device: str) -> None:
 
     magnitude = conv(size_x, size_w, pad)
     allowed = relative * (magnitude + (0 if case.bias is None else case.bias.double().abs().max()))
-    _assert_within("output", actual, expected, allowed + conv(x_step, size_w, 0.0) + conv(size_x, w_step, pad))
+    assert_within("output", actual, expected, allowed + conv(x_step, size_w, 0.0) + conv(size_x, w_step, pad))
 
     g = case.grad_seed.double().expand(expected.shape)
     back = (case.bias is not None, *case.geometry)
@@ -134,11 +135,11 @@ def compare(case: Case, backend: str, device: str) -> None:
     want_x, want_w, *want_intervals, want_b = wants
     # Outside a clipping band; h-swish' is at most 1.5.
     off_x = 1.5 * ratio * (relative * g_size + moved[0])
-    _assert_within("gx", gx[kept_x], want_x[kept_x], off_x[kept_x])
+    assert_within("gx", gx[kept_x], want_x[kept_x], off_x[kept_x])
     off_w = ratio_w * (relative * gw_size + moved[1])
-    _assert_within("gw", gw[kept_w], want_w[kept_w], off_w[kept_w])
+    assert_within("gw", gw[kept_w], want_w[kept_w], off_w[kept_w])
     if case.bias is not None:
-        _assert_within("gbias", gb, want_b, relative * gb_size)
+        assert_within("gbias", gb, want_b, relative * gb_size)
     slack_x = ratio * (
         (relative * g_size + moved[0]).sum() + 2 * gq.abs()[~kept_x].sum() + (gq.abs() * (x_step > 0)).sum()
     )
@@ -150,4 +151,4 @@ def compare(case: Case, backend: str, device: str) -> None:
     ):
         assert (mine is None) == (theirs is None), name
         if mine is not None:
-            _assert_within(name, mine, theirs, slack)
+            assert_within(name, mine, theirs, slack)
