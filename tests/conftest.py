@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import secrets
-import zlib
+import random
 
+import numpy as np
 import pytest
 import torch
 
-# Fresh data in every run; the header prints the seed and PROFIT_TEST_SEED repeats it. Set before xdist starts its workers.
-BASE_SEED = os.environ.setdefault("PROFIT_TEST_SEED", str(secrets.randbelow(10**6)))
+from tests.seeds import BASE_SEED, seed_of
 
 # Without a GPU the Triton kernels run under Triton's interpreter; it must be chosen before Triton is imported.
 if not torch.cuda.is_available():
@@ -34,8 +33,25 @@ def pytest_report_header() -> list[str]:
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> torch.Generator:
     """A generator of its own for each test and parameter."""
-    seed = zlib.crc32(f"{BASE_SEED}:{request.node.nodeid}".encode())
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(seed_of(request.node.nodeid))
+
+
+def seed_global_generators(name: str) -> None:
+    seed = seed_of(name)
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - it is for code that draws from it
+    random.seed(seed)
+
+
+# Modules draw their first weights from the global generators, whose state otherwise depends on which tests ran before.
+@pytest.fixture(scope="module", autouse=True)
+def seeded_module(request: pytest.FixtureRequest) -> None:
+    seed_global_generators(request.node.nodeid)
+
+
+@pytest.fixture(autouse=True)
+def seeded_test(request: pytest.FixtureRequest) -> None:
+    seed_global_generators(request.node.nodeid)
 
 
 @pytest.fixture
