@@ -46,6 +46,8 @@ SOURCES = [
     "csrc/cpu/depthwise_plan.cpp",
     "csrc/cpu/duq.cpp",
     "csrc/cpu/isa.cpp",
+    "csrc/cpu/pointwise.cpp",
+    "csrc/cpu/pointwise_products.cpp",
 ]
 # The oldest torch whose stable ABI the library is compiled for: it then loads in this version and all later ones.
 TARGET = (2, 11)

@@ -7,6 +7,7 @@
 #include "cpu/depthwise.h"
 #include "cpu/duq.h"
 #include "cpu/isa.h"
+#include "cpu/pointwise.h"
 
 STABLE_TORCH_LIBRARY(profit_cpu, m) {
   m.def(
@@ -47,6 +48,9 @@ STABLE_TORCH_LIBRARY(profit_cpu, m) {
       " Tensor? bias, int? bits, bool is_signed, float offset, int activation, int[] stride, int[] padding, int[] dilation,"
       " float pad_value) -> Tensor");
   m.def(
+      "block_pointwise(Tensor(a!) y, Tensor x, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor weight, Tensor c_w,"
+      " int weight_bits, Tensor a, Tensor c, Tensor? bias, int bits, bool is_signed, float offset, int activation) -> bool");
+  m.def(
       "block_depthwise_backward(Tensor grad, Tensor x, Tensor mean, Tensor invstd, Tensor? gamma, Tensor? beta,"
       " Tensor weight, Tensor? a, Tensor? c, Tensor? bias, int? bits, bool is_signed, float offset, int activation,"
       " int[] stride, int[] padding, int[] dilation, float pad_value, bool of_batch, bool need_weight)"
@@ -58,11 +62,13 @@ STABLE_TORCH_LIBRARY(profit_cpu, m) {
       " -> Tensor?");
   m.def("isa() -> int");
   m.def("limit_isa(int level) -> int");
+  m.def("has_byte_products() -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CPU, m) {
   m.impl("block_moments", TORCH_BOX(&profit::cpu::block_moments));
   m.impl("block_depthwise", TORCH_BOX(&profit::cpu::block_depthwise));
+  m.impl("block_pointwise", TORCH_BOX(&profit::cpu::block_pointwise));
   m.impl("block_depthwise_backward", TORCH_BOX(&profit::cpu::block_depthwise_backward));
   m.impl("block_input", TORCH_BOX(&profit::cpu::block_input));
   m.impl("block_input_backward", TORCH_BOX(&profit::cpu::block_input_backward));
@@ -82,4 +88,5 @@ STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&profit::cpu::isa));
   m.impl("limit_isa", TORCH_BOX(&profit::cpu::limit_isa));
+  m.impl("has_byte_products", TORCH_BOX(&profit::cpu::has_byte_products));
 }

@@ -114,6 +114,22 @@ def check_sides(
         check_raw(op, weight, "c_w", c_w)
 
 
+def codes(
+    op: str, weight: Tensor, weight_codes: tuple[Tensor, int] | None, weight_bits: int | None
+) -> tuple[Tensor | None, int | None]:
+    """(c_w, bits) of a weight that is quantized already, (None, None) of another; raises TypeError or ValueError."""
+    if weight_codes is None:
+        return None, None
+    if not isinstance(weight_codes, (tuple, list)) or len(weight_codes) != 2:
+        raise TypeError(f"{op}: weight_codes must be the scale and the bits of a quantized weight, got {weight_codes!r}")
+    if weight_bits is not None:
+        raise ValueError(f"{op}: weight_codes says that the weight is quantized, weight_bits={weight_bits} would do it again")
+    c_w, bits = weight_codes
+    check_bits(op, bits, "the bits of weight_codes")
+    check_raw(op, weight, "the scale of weight_codes", c_w)
+    return c_w, bits
+
+
 def _integer(value: Any) -> int | None:
     """`value` as the schemas take an integer (numpy's included); None if it is none."""
     if isinstance(value, (int, torch.SymInt)):

@@ -29,6 +29,7 @@ struct BlockKernels {
   void (*widen)(const void* from, float* to, int64_t n);
   void (*narrow)(const float* from, void* to, int64_t n);
   void (*input)(const float* x, float* y, Tile, const LaneFront&, const Quantizer<float>&);
+  bool (*codes)(const float* x, uint8_t* codes, Tile, const LaneFront&, const Quantizer<float>&, float zero) = nullptr;  // AVX-512
   void (*input_backward)(
       const float* g, float* gx, const float* x, Tile, const LaneFront&, const Quantizer<float>&, const LaneSums&);
   void (*finish)(float* g, const float* x, Tile, const float* slope, const float* mean, const float* constant);

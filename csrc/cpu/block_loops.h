@@ -41,6 +41,35 @@ PROFIT_TARGET void input(
   }
 }
 
+#if PROFIT_LANES == 16  // byte products need these registers (isa.h)
+typedef int32_t IntVec __attribute__((vector_size(PROFIT_LANES * sizeof(int32_t))));
+typedef uint8_t ByteVec __attribute__((vector_size(PROFIT_LANES), aligned(1), may_alias));
+
+// The codes of duq(act(v)), from 0 to 255 by adding `zero`. False where one is NaN: its byte means nothing.
+template <Activation act>
+PROFIT_TARGET bool codes(
+    const float* x, uint8_t* y, Tile tile, const LaneFront& front, const Quantizer<float>& quantizer, float zero) {
+  const VecQuantizer k(quantizer);
+  const Vec bias = splat<Vec>(zero);
+  Vec nothing = {};  // a NaN is seen in the sum of zeros
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    for (int64_t i = 0; i < tile.lanes; i += PROFIT_LANES) {
+      const int64_t n = std::min<int64_t>(PROFIT_LANES, tile.lanes - i), at = row * tile.lanes + i;
+      const Vec v = load_some(x + at, n) * load(front.alpha + i) + load(front.shift + i);
+      const Vec code = k.code(k.clipped<act>(v));
+      nothing += code - code;
+      const ByteVec bytes = __builtin_convertvector(__builtin_convertvector(code + bias, IntVec), ByteVec);
+      std::memcpy(y + at, &bytes, n);
+    }
+  }
+  bool all = true;
+  for (int64_t j = 0; j < PROFIT_LANES; ++j) {
+    all &= nothing[j] == 0;
+  }
+  return all;
+}
+#endif
+
 // gx = alpha * dL/dv from g, the gradient of the result; both may be one. Adds to the sums of dL/dv, of dL/dv * (x - mean), and of
 // the terms of -dL/dA and of s * dL/dC.
 template <Activation act, bool quantized>
@@ -136,24 +165,29 @@ PROFIT_TARGET void narrow_any(const float* from, void* to, int64_t n) {
   narrow(from, static_cast<S*>(to), n);
 }
 
+template <Activation act, bool quantized>
+void use(BlockKernels& kernels) {
+  kernels.input = input<act, quantized>;
+  kernels.input_backward = input_backward<act, quantized>;
+#if PROFIT_LANES == 16
+  kernels.codes = codes<act>;
+#endif
+}
+
 template <bool quantized>
 void use_activation(BlockKernels& kernels, Activation activation) {
   switch (activation) {
     case Activation::relu:
-      kernels.input = input<Activation::relu, quantized>;
-      kernels.input_backward = input_backward<Activation::relu, quantized>;
+      use<Activation::relu, quantized>(kernels);
       break;
     case Activation::relu6:
-      kernels.input = input<Activation::relu6, quantized>;
-      kernels.input_backward = input_backward<Activation::relu6, quantized>;
+      use<Activation::relu6, quantized>(kernels);
       break;
     case Activation::hardswish:
-      kernels.input = input<Activation::hardswish, quantized>;
-      kernels.input_backward = input_backward<Activation::hardswish, quantized>;
+      use<Activation::hardswish, quantized>(kernels);
       break;
     case Activation::none:
-      kernels.input = input<Activation::none, quantized>;
-      kernels.input_backward = input_backward<Activation::none, quantized>;
+      use<Activation::none, quantized>(kernels);
   }
 }
 

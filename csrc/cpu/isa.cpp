@@ -29,6 +29,15 @@ std::atomic<int64_t>& current() {
 
 int64_t isa() { return current().load(std::memory_order_relaxed); }
 
+bool has_byte_products() {
+#if defined(__x86_64__)
+  static const bool supported = __builtin_cpu_supports("avx512vnni");
+  return supported && static_cast<Isa>(isa()) == Isa::avx512;
+#else
+  return false;
+#endif
+}
+
 int64_t limit_isa(int64_t level) {
   const int64_t highest = supported_isa();
   const int64_t chosen = level < 0 ? highest : std::min(level, highest);

@@ -14,6 +14,9 @@ int64_t supported_isa();
 // The level in use.
 int64_t isa();
 
+// Whether products of bytes may be summed in registers at the level in use (AVX-512 VNNI).
+bool has_byte_products();
+
 // Never go above `level`; returns the level then in use. A negative level lifts the limit.
 int64_t limit_isa(int64_t level);
 

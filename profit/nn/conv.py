@@ -168,7 +168,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         settings: dict[str, Any] = {
             "act_bits": q.bits, "weight_bits": None, "signed": q.signed, "offset": q.offset, "activation": q.activation,
             "pad_value": self.pad_value, "stride": self.stride, "padding": self.padding4(x), "dilation": self.dilation,
-            "groups": self.groups,
+            "groups": self.groups, "weight_codes": self.weight_codes(),
         }  # fmt: skip
         if norm is None:
             return duq_conv2d(x, *quantized, **settings)

@@ -103,6 +103,11 @@ class QuantLayer(nn.Module):
         ready = self.ready_weight()
         return self.weight_quantizer(self.weight) if ready is None else ready
 
+    def weight_codes(self) -> tuple[Tensor, int] | None:
+        """The raw scale and the bits of the codes that `quantized_weight` holds; None without DuQ or bits."""
+        quantizer = self.weight_quantizer
+        return (quantizer.c, quantizer.bits) if quantizer.is_duq and quantizer.bits is not None else None
+
     def ready_weight(self) -> Tensor | None:
         """The quantized weight where it exists already: from the cache, or from the start of the model's forward."""
         cached = self.cached_weight()

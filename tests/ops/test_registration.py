@@ -28,7 +28,7 @@ def samples(requires_grad: bool = True) -> dict[str, tuple]:
     quant = (4, False, -0.375, "hardswish")
     geometry = ([1, 1], [1, 1, 1, 1], [1, 1])
     norm = (torch.randn(4), torch.rand(4) + 0.5, *(torch.rand(4).requires_grad_(requires_grad) for _ in range(2)))
-    block = (True, *quant, *geometry, 4, -0.375)
+    block = (True, *quant, *geometry, 4, -0.375, None)
     return {
         "duq": (x, a, c, *quant),
         "duq_backward": (g, x, a, c, *quant),
@@ -44,8 +44,8 @@ def samples(requires_grad: bool = True) -> dict[str, tuple]:
         "batch_norm_act": (x, *norm, True, "hardswish"),
         "batch_norm_act_backward": (g, x, *norm, True, "hardswish"),
         "block_moments": (x.detach(), 1e-5),
-        "block_conv2d": (x, *norm, w, a, c, bias, *block),
-        "block_conv2d_backward": (g, x, *norm, w, a, c, bias, *block, True, True, True),
+        "block_conv2d": (x, *norm, w, a, c, bias, None, *block),
+        "block_conv2d_backward": (g, x, *norm, w, a, c, bias, None, *block, True, True, True),
         "aiwq_kl": (x.detach(), g, 1e-12),
         "aiwq_conv2d": (
             x.detach(), g, w.detach(), None, *geometry, 4, -0.375, a.detach(), c.detach(), 4, False, -0.375, "hardswish", 1e-12,

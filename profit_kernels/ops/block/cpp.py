@@ -63,14 +63,43 @@ def _depthwise_arguments(norm: Norm, weight: Tensor, q: Quantizer, bias: Tensor 
     return *tensors, *settings, conv.stride, conv.pads, conv.dilation, conv.pad_value
 
 
+def _channels_last(x: Tensor) -> torch.memory_format | None:
+    """The format of a convolution's output where the channels of each pixel of x lie together; else None."""
+    if x.is_contiguous():
+        # Of one pixel both formats are the same.
+        return torch.contiguous_format if x.shape[2] == x.shape[3] == 1 else None
+    return torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else None
+
+
+def pointwise(
+    x: Tensor, norm: Norm | None, weight: Tensor, q: Quantizer, bias: Tensor | None, conv: Convolution, c_w: Tensor,
+    weight_bits: int,
+) -> Tensor | None:  # fmt: skip
+    """y of a pointwise convolution, summed in integers; None where the tensors or the processor do not allow it."""
+    plain = weight.shape[2] == weight.shape[3] == conv.groups == 1 and conv.stride == [1, 1] and not any(conv.pads)
+    if not plain or q.bits is None or x.dtype != torch.float32 or weight.dtype != torch.float32:
+        return None
+    native.load()
+    layout = _channels_last(x)
+    if layout is None or not torch.ops.profit_cpu.has_byte_products():
+        return None
+    images, _, height, width = x.shape
+    y = torch.empty((images, weight.shape[0], height, width), memory_format=layout)
+    arguments = _arguments(norm, q)
+    tensors = (*arguments[:4], weight, c_w, weight_bits, *arguments[4:6], bias)
+    return y if torch.ops.profit_cpu.block_pointwise(y, x, *tensors, *arguments[6:]) else None
+
+
 def block(
-    x: Tensor, norm: Norm | None, weight: Tensor, q: Quantizer, bias: Tensor | None, conv: Convolution
-) -> Tensor:
-    """y; see reference.block."""
+    x: Tensor, norm: Norm | None, weight: Tensor, q: Quantizer, bias: Tensor | None, conv: Convolution,
+    c_w: Tensor | None = None, weight_bits: int | None = None,
+) -> Tensor:  # fmt: skip
+    """y; see reference.block. c_w, weight_bits: those the weight is quantized with, if it is."""
     if is_fused(norm, weight):
         native.load()
         return torch.ops.profit_cpu.block_depthwise(x, *_depthwise_arguments(norm, weight, q, bias, conv))
-    return reference.block(x, norm, weight, q, bias, conv, quantized_input)
+    y = None if weight_bits is None else pointwise(x, norm, weight, q, bias, conv, c_w, weight_bits)
+    return reference.block(x, norm, weight, q, bias, conv, quantized_input) if y is None else y
 
 
 def block_backward(

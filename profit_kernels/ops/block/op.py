@@ -19,12 +19,15 @@ from .reference import Convolution, Norm, Quantizer
 from .statistics import check_norm, statistics
 
 _TENSORS = (
-    "Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor weight, Tensor? a, Tensor? c, Tensor? bias"
+    "Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor weight, Tensor? a, Tensor? c, Tensor? bias, "
+    "Tensor? c_w"
 )
 _SETTINGS = (
     "bool of_batch, int? bits, bool signed, float offset, str activation, "
-    "int[] stride, int[] padding, int[] dilation, int groups, float pad_value"
+    "int[] stride, int[] padding, int[] dilation, int groups, float pad_value, int? weight_bits"
 )
+
+_TENSOR_COUNT = 10  # x and _TENSORS
 
 torch.library.define("profit_kernels::block_conv2d", f"(Tensor x, {_TENSORS}, {_SETTINGS}) -> Tensor")
 torch.library.define(
@@ -34,16 +37,18 @@ torch.library.define(
 )
 
 
-def _unflatten(x, mean, invstd, gamma, beta, weight, a, c, bias, of_batch, bits, signed, offset, activation, *geometry):
-    """The operator's arguments as the reference takes them."""
+def _unflatten(
+    x, mean, invstd, gamma, beta, weight, a, c, bias, c_w, of_batch, bits, signed, offset, activation, *geometry
+):
+    """The operator's arguments as the reference takes them; the scale and the bits of the weight's codes are not its own."""
     norm = None if mean is None else Norm(mean, invstd, gamma, beta, of_batch)
     quantizer = Quantizer(a, c, bits, signed, offset, activation)
-    return x, norm, weight, quantizer, bias, Convolution(*geometry)
+    return x, norm, weight, quantizer, bias, Convolution(*geometry[:-1])
 
 
 def _block(x, *rest):
     if dispatch.choose("block", x) == "cpp":
-        return cpp.block(*_unflatten(x, *rest))
+        return cpp.block(*_unflatten(x, *rest), c_w=rest[_TENSOR_COUNT - 2], weight_bits=rest[-1])
     return reference.block(*_unflatten(x, *rest))
 
 
@@ -67,17 +72,14 @@ def _(grad, x, *rest):
     return reference.block_backward(grad, *_unflatten(x, *rest[:-3]), rest[-3:])
 
 
-_TENSOR_COUNT = 9  # x and _TENSORS
-
-
 def _gradients(ctx, grad, backward):
     """Of all inputs, from the one `backward` that computes what some of them need."""
     needs = ctx.needs_input_grad
-    x, mean, invstd, gamma, beta, weight, a, c, bias = range(_TENSOR_COUNT)
+    x, mean, invstd, gamma, beta, weight, a, c, bias, _ = range(_TENSOR_COUNT)
     need = (any(needs[i] for i in (x, gamma, beta, a, c)), needs[weight], needs[bias])
     gx, g_gamma, g_beta, gw, ga, gc, gb = backward(grad, *ctx.saved_tensors, *ctx.settings, *need)
-    # Statistics of the batch have no gradient of their own: dL/dx holds it already.
-    return gx, None, None, g_gamma, g_beta, gw, ga, gc, gb, *[None] * len(ctx.settings)
+    # Statistics of the batch have no gradient of their own: dL/dx holds it already. That of c_w is in the weight's.
+    return gx, None, None, g_gamma, g_beta, gw, ga, gc, gb, None, *[None] * len(ctx.settings)
 
 
 _apply = differentiable("block_conv2d", _TENSOR_COUNT, _block, _block_backward, _gradients)
@@ -109,6 +111,7 @@ def block_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    weight_codes: tuple[Tensor, int] | None = None,
     record: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """conv2d(pad(duq(act(batch_norm(x)))), duq(weight)): one layer with the BatchNorm in front of it.
@@ -128,6 +131,8 @@ def block_conv2d(
         signed, offset, activation: of the input quantizer, as duq_fake_quantize takes them.
         pad_value: the border in units of the quantized input; None means `offset`, which is code 0.
         stride, dilation, padding, groups: of the convolution, padding as depthwise_conv2d takes it.
+        weight_codes: (c_w, bits) with which `weight` is quantized already, beside weight_bits None: a kernel may then compute
+            with the codes, and rounds a weight that is none of their values to the nearest.
         record: a list to which the statistics are appended, (mean, 1 / sqrt(variance + eps)), each [C], for whoever looks at
             the same x again (aiwq_conv2d); nothing is where BatchNorm is torch's.
 
@@ -142,6 +147,7 @@ def block_conv2d(
     checks.check_sides(
         op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation, pad_value
     )
+    codes = checks.codes(op, weight, weight_codes, weight_bits)
     if record is not None and not isinstance(record, list):
         raise TypeError(f"{op}: record must be a list to append to, or None, got {type(record).__name__}")
     settings = (act_bits, signed, offset, activation)
@@ -154,9 +160,9 @@ def block_conv2d(
     mean, invstd = statistics(x, running_mean, running_var, training, momentum, eps)
     if record is not None:
         record.append((mean, invstd))
-    weight = _quantized_weight(weight, a_w, c_w, weight_bits)
+    weight, *codes = _quantized_weight(weight, a_w, c_w, weight_bits, codes)
     return _apply(
-        x, mean, invstd, bn_weight, bn_bias, weight, a_x, c_x, bias, training, *settings, *geometry
+        x, mean, invstd, bn_weight, bn_bias, weight, a_x, c_x, bias, codes[0], training, *settings, *geometry, codes[1]
     )
 
 
@@ -179,6 +185,7 @@ def duq_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    weight_codes: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """conv2d(pad(duq(act(x))), duq(weight)) that keeps x alone for the backward: block_conv2d without BatchNorm.
 
@@ -189,15 +196,16 @@ def duq_conv2d(
     checks.check_sides(
         op, x, weight, a_x, c_x, a_w, c_w, act_bits, weight_bits, signed, offset, activation, pad_value
     )
+    codes = checks.codes(op, weight, weight_codes, weight_bits)
     settings = (act_bits, signed, offset, activation)
     border = offset if pad_value is None else pad_value
     geometry = (*checks.geometry(op, x, weight, stride, padding, dilation), groups, border)
     x = autocast(x)
     if dispatch.choose("block", x) == "reference":
         return _in_parts(x, weight, a_x, c_x, a_w, c_w, bias, weight_bits, settings, geometry)
-    weight = _quantized_weight(weight, a_w, c_w, weight_bits)
+    weight, *codes = _quantized_weight(weight, a_w, c_w, weight_bits, codes)
     return _apply(
-        x, None, None, None, None, weight, a_x, c_x, bias, False, *settings, *geometry
+        x, None, None, None, None, weight, a_x, c_x, bias, codes[0], False, *settings, *geometry, codes[1]
     )
 
 
@@ -227,8 +235,13 @@ def block_batch_norm(
     return reference.normalize(x, Norm(mean, invstd, bn_weight, bn_bias, training))
 
 
-def _quantized_weight(weight: Tensor, a_w: Tensor | None, c_w: Tensor | None, bits: int | None) -> Tensor:
-    return weight if bits is None else duq_fake_quantize(weight, a_w, c_w, bits=bits, signed=True)
+def _quantized_weight(
+    weight: Tensor, a_w: Tensor | None, c_w: Tensor | None, bits: int | None, codes: tuple[Tensor | None, int | None]
+) -> tuple[Tensor, Tensor | None, int | None]:
+    """The quantized weight, with the scale and the bits of its codes where it has any."""
+    if bits is None:
+        return weight, *codes
+    return duq_fake_quantize(weight, a_w, c_w, bits=bits, signed=True), c_w, bits
 
 
 def _in_parts(v, weight, a_x, c_x, a_w, c_w, bias, weight_bits, settings, geometry) -> Tensor:
@@ -245,4 +258,6 @@ def _in_parts(v, weight, a_x, c_x, a_w, c_w, bias, weight_bits, settings, geomet
         qx = quantize_input(v, None, None, None, signed, offset, activation)
     else:
         qx = duq_fake_quantize(v, a_x, c_x, bits=bits, signed=signed, offset=offset, activation=activation)
-    return reference.convolution(qx, _quantized_weight(weight, a_w, c_w, weight_bits), bias, conv)
+    if weight_bits is not None:
+        weight = duq_fake_quantize(weight, a_w, c_w, bits=weight_bits, signed=True)
+    return reference.convolution(qx, weight, bias, conv)

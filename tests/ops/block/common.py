@@ -42,6 +42,8 @@ CASES = [
     replace(_BASE, name="relu full precision weight", activation="relu", weight_bits=None),
     replace(_BASE, name="activation alone", activation="hardswish", act_bits=None, bias=True),
     replace(_BASE, name="eval", training=False),
+    replace(_BASE, name="eight channels", channels=8, activation="hardswish", offset=-0.375, bias=True),
+    replace(_BASE, name="eight channels signed", channels=8, activation="none", signed=True, weight_bits=3),
     replace(_BASE, name="not affine", affine=False, act_bits=8),
     replace(_BASE, name="not tracked", tracked=False),
     replace(_BASE, name="strided", stride=2, channels=19, size=(3, 9, 8)),

@@ -100,7 +100,8 @@ def term_sizes(grad, tensors, given) -> dict[str, Tensor]:
     """The sum of the magnitudes of the terms of each element of y and gx: at that size sums round, whatever cancels."""
     x, w, a_x, c_x, a_w, c_w, bias = tensors
     *geometry, act_bits, weight_bits, signed, offset, activation, pad_value = given
-    qx = reference.quantize_input(x, a_x, c_x, act_bits, signed, offset, activation).float().abs()
+    qx = reference.quantize_input(x, a_x, c_x, act_bits, signed, offset, activation).float()
+    qx = (qx - offset).abs() + abs(offset)  # a value is rounded at the size of step * code and of the offset
     qw = reference.quantize_weight(w, a_w, c_w, weight_bits).float().abs()
     y = reference.depthwise(qx, qw, None if bias is None else bias.abs(), *geometry, abs(pad_value))
     gqx = reference.depthwise_backward(grad.float().abs(), qx, qw, False, *geometry, abs(pad_value))[0]
