@@ -187,11 +187,30 @@ PROFIT_TARGET inline void add_taps(float* to, const float* from, const std::pair
   }
 }
 
-// to += factor * from; n is a multiple of 16.
-PROFIT_TARGET inline void add_scaled(float* to, const float* from, float factor, int64_t n) {
-  const Vec f = splat<Vec>(factor);
-  for (int64_t i = 0; i < n; i += PROFIT_LANES) {
-    store(to + i, load(to + i) + f * load(from + i));
+// to[o] = w[o] * matrix for kRowsTimes rows w of `inputs` values each; the matrix has `inputs` rows of `width`. Added up row by row
+// of the matrix, so that there are the same bits at every instruction set.
+PROFIT_TARGET inline void rows_times(
+    const float* const* w, const float* matrix, float* to, int64_t inputs, int64_t width) {
+  constexpr int64_t kRegisters = 2;
+  for (int64_t first = 0; first < width; first += kRegisters * PROFIT_LANES) {
+    // The last ones twice, where the width is no multiple.
+    const int64_t at = std::min(first, std::max<int64_t>(0, width - kRegisters * PROFIT_LANES));
+    const int64_t second = std::min<int64_t>(PROFIT_LANES, width - PROFIT_LANES - at);
+    Vec sums[kRowsTimes][kRegisters] = {};
+    for (int64_t i = 0; i < inputs; ++i) {
+      const float* row = matrix + i * width + at;
+      const Vec left = load(row), right = load(row + second);
+#pragma GCC unroll 4
+      for (int64_t o = 0; o < kRowsTimes; ++o) {
+        const Vec factor = splat<Vec>(w[o][i]);
+        sums[o][0] += factor * left;
+        sums[o][1] += factor * right;
+      }
+    }
+    for (int64_t o = 0; o < kRowsTimes; ++o) {
+      store(to + o * width + at, sums[o][0]);
+      store(to + o * width + at + second, sums[o][1]);
+    }
   }
 }
 

@@ -123,21 +123,28 @@ std::pair<Moments, Moments> wide_moments(
     Moments result;
     result.mean.assign(outputs, 0.0);
     result.variance.assign(outputs, 0.0);
-    torch::stable::parallel_for(0, outputs, ceil_div(1 << 18, inputs * width), [&](int64_t begin, int64_t end) {
-      std::vector<float> row(width);
-      for (int64_t o = begin; o < end; ++o) {
-        const float* w = weight + o * inputs;
-        std::fill(row.begin(), row.end(), 0.0f);
-        double m = bias[o], v = 0;
-        for (int64_t i = 0; i < inputs; ++i) {
-          kernels.add_scaled(row.data(), covariance.data() + i * width, w[i], width);
-          m += static_cast<double>(w[i]) * mean[i];
+    const int64_t blocks = ceil_div(outputs, kRowsTimes);
+    torch::stable::parallel_for(0, blocks, ceil_div(1 << 17, inputs * width), [&](int64_t begin, int64_t end) {
+      std::vector<float> products(kRowsTimes * width);
+      for (int64_t block = begin; block < end; ++block) {
+        const float* w[kRowsTimes];  // the last outputs more than once, where their number is no multiple
+        double m[kRowsTimes], v[kRowsTimes] = {};
+        for (int64_t k = 0; k < kRowsTimes; ++k) {
+          const int64_t o = std::min(block * kRowsTimes + k, outputs - 1);
+          w[k] = weight + o * inputs;
+          m[k] = bias[o];
         }
+        kernels.rows_times(w, covariance.data(), products.data(), inputs, width);
         for (int64_t i = 0; i < inputs; ++i) {
-          v += static_cast<double>(row[i]) * w[i];
+          for (int64_t k = 0; k < kRowsTimes; ++k) {
+            m[k] += static_cast<double>(w[k][i]) * mean[i];
+            v[k] += static_cast<double>(products[k * width + i]) * w[k][i];
+          }
         }
-        result.mean[o] = m;
-        result.variance[o] = v < 0 ? 0 : v;
+        for (int64_t k = 0; k < std::min(kRowsTimes, outputs - block * kRowsTimes); ++k) {
+          result.mean[block * kRowsTimes + k] = m[k];
+          result.variance[block * kRowsTimes + k] = v[k] < 0 ? 0 : v[k];
+        }
       }
     });
     return result;

@@ -43,6 +43,9 @@ struct FrontLanes {
   const float *alpha, *shift, *mean;
 };
 
+// Rows that are multiplied by a matrix at once (rows_times).
+constexpr int64_t kRowsTimes = 4;
+
 // Which loops a layer needs. `quantized` false lets act(v) pass through; `normed`: there is a BatchNorm; `weight_grad`: the
 // gradient of the weight is asked for.
 struct Wanted {
@@ -70,7 +73,7 @@ struct RowKernels {
   float (*largest)(const float* w, int64_t n);
   int64_t (*differences)(const float* w_new, const float* w_old, float alpha, float* delta, int64_t n);
   void (*scale)(float* to, const float* from, float factor, float constant, int64_t n);
-  void (*add_scaled)(float* to, const float* from, float factor, int64_t n);
+  void (*rows_times)(const float* const* w, const float* matrix, float* to, int64_t inputs, int64_t width);
   void (*add_scaled_lanes)(
       Lanes to, ConstLanes from, const float* factor, const float* constant, int64_t columns, int64_t groups);
   void (*sum)(const float* g, float* sums, int64_t columns, int64_t groups);

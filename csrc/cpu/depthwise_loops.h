@@ -188,7 +188,7 @@ inline RowKernels kernels(ScalarType type, const Wanted& wanted, Activation acti
   result.largest = largest;
   result.differences = differences;
   result.scale = scale;
-  result.add_scaled = add_scaled;
+  result.rows_times = rows_times;
   result.add_scaled_lanes = add_scaled_lanes;
   use_taps<0, 0>(result, wanted.weight_grad);
   if (taps.dilation == 1 && taps.stride <= 2) {

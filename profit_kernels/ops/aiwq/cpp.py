@@ -8,13 +8,11 @@ torch's convolution and then the moments.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ... import native
 from ..block import cpp as block_cpp
-from ..block.reference import Norm, Quantizer
-from ..depthwise.reference import pad
+from ..block.reference import Convolution, Norm, Quantizer, convolution
 from ..duq.reference import ACTIVATIONS
 
 
@@ -49,8 +47,7 @@ def conv_kl(
             a_x, c_x, act_bits, signed, offset, ACTIVATIONS.index(activation), eps, *front,
         )  # fmt: skip
     qx = block_cpp.quantized_input(x, norm, Quantizer(a_x, c_x, act_bits, signed, offset, activation)).to(dtype)
-    weight_old, bias = weight_old.to(dtype), None if bias is None else bias.to(dtype)
-    y_old = F.conv2d(pad(qx, pads, pad_value), weight_old, bias, stride, 0, dilation, groups)
+    y_old = convolution(qx, weight_old, bias, Convolution(stride, pads, dilation, groups, pad_value))
     return kl(y_new, y_old, eps)
 
 

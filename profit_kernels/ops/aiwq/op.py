@@ -164,16 +164,33 @@ def aiwq_conv2d(
         op, x, y_new, weight_old, bias, stride, padding, dilation, groups, pad_value,
         a_x, c_x, act_bits, signed, offset, activation,
     )  # fmt: skip
-    a_x, c_x = (None if raw is None else raw.detach() for raw in (a_x, c_x))
-    bias = None if bias is None else bias.detach()
     if weight_new is not None:
         checks.check_beside(op, x, "weight_new", weight_new)
         if weight_new.shape != weight_old.shape:
             raise ValueError(
                 f"{op}: both weights must have one shape, got {tuple(weight_new.shape)} and {tuple(weight_old.shape)}"
             )
-        weight_new = weight_new.detach()
-    x, constants = x.detach(), {}
+    if norm is not None:
+        known = {name: value for name, value in norm.items() if name != "statistics"}
+        check_norm(op, x, **_named(**known))
+    stride, padding, dilation = geometry
+    return layer_kl(
+        x, y_new, weight_old, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, pad_value=pad_value,
+        a_x=a_x, c_x=c_x, act_bits=act_bits, signed=signed, offset=offset, activation=activation, eps=eps,
+        weight_new=weight_new, norm=norm,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def layer_kl(
+    x: Tensor, y_new: Tensor, weight_old: Tensor, bias: Tensor | None, *, stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], groups: int, pad_value: float = 0.0, a_x: Tensor | None = None, c_x: Tensor | None = None,
+    act_bits: int | None = None, signed: bool = False, offset: float = 0.0, activation: str = "none", eps: float = EPS,
+    weight_new: Tensor | None = None, norm: Mapping[str, Any] | None = None,
+) -> Tensor:  # fmt: skip
+    """`aiwq_conv2d` without its checks, for a caller that hands on what a layer has just computed with; padding: (left,
+    right, top, bottom)."""
+    constants = {}
     if norm is not None:
         known = {name: value for name, value in norm.items() if name != "statistics"}
         if dispatch.choose("block", x) == "reference":
@@ -182,17 +199,22 @@ def aiwq_conv2d(
             constants = _constants(x, norm.get("statistics"), **known)
     operator = _conv_kl if is_plain(x) else torch.ops.profit_kernels.aiwq_conv2d
     return operator(
-        x, y_new.detach(), weight_old.detach(), bias, *geometry, groups, pad_value,
+        x, y_new, weight_old, bias, list(stride), list(padding), list(dilation), groups, pad_value,
         a_x, c_x, act_bits, signed, offset, activation, eps, weight_new=weight_new, **constants,
     )  # fmt: skip
 
 
-@torch.no_grad()
+def _named(bn_weight, bn_bias, running_mean, running_var, *, training, eps=1e-5) -> dict[str, Any]:
+    """The arguments of `block_batch_norm` as `check_norm` takes them."""
+    return {
+        "weight": bn_weight, "bias": bn_bias, "running_mean": running_mean, "running_var": running_var,
+        "training": training, "eps": eps,
+    }  # fmt: skip
+
+
 def _constants(
     x, of_x, bn_weight, bn_bias, running_mean, running_var, *, training, eps=1e-5
 ) -> dict[str, Tensor | None]:
     """What a kernel needs of a BatchNorm: its statistics (those of x, where known) and its parameters."""
-    check_norm("aiwq_conv2d", x, bn_weight, bn_bias, running_mean, running_var, training, eps)
     mean, invstd = of_x or statistics(x, running_mean, running_var, training, None, eps)
-    parameters = (None if t is None else t.detach() for t in (bn_weight, bn_bias))
-    return dict(zip(("mean", "invstd", "gamma", "beta"), (mean, invstd, *parameters), strict=True))
+    return {"mean": mean, "invstd": invstd, "gamma": bn_weight, "beta": bn_bias}
