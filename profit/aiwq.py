@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
-from profit_kernels import aiwq_conv2d_moments, aiwq_kl, kl_of_pooled, pool_moments
-from profit_kernels.ops.aiwq.op import layer_kl
+from profit_kernels import aiwq_conv2d, aiwq_conv2d_moments, aiwq_kl, kl_of_pooled, pool_moments
 
 from .checks import brief, check_flag, check_module, check_number, check_state, check_whole
 from .config import check_choice
@@ -350,7 +349,7 @@ def _corrected(
     if moments:
         return aiwq_conv2d_moments(x, y_new, weight_old, layer.bias, **settings)
     settings.setdefault("padding", (0, 0, 0, 0))
-    return layer_kl(x, y_new, weight_old, layer.bias, weight_new=weight_new, **settings)
+    return aiwq_conv2d(x, y_new, weight_old, layer.bias, weight_new=weight_new, check=False, **settings)
 
 
 def _original_kl(

@@ -55,7 +55,10 @@ def backend(request):
 
 
 def call(op: str, **change):
-    return getattr(pk, op)(**(CALLS[op] | change))
+    arguments = CALLS[op] | change
+    # Of these each call gets its own: training changes them in place.
+    running = {n: v.clone() for n, v in arguments.items() if n.startswith("running") and isinstance(v, torch.Tensor)}
+    return getattr(pk, op)(**(arguments | running))
 
 
 def refuses(op: str, error: type[Exception], message: str, **change) -> None:

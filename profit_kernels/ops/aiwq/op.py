@@ -120,6 +120,7 @@ def aiwq_kl(y_new: Tensor, y_old: Tensor, *, eps: float = EPS) -> Tensor:
     return torch.ops.profit_kernels.aiwq_kl(y_new.detach(), y_old.detach(), eps)
 
 
+@torch.no_grad()
 def aiwq_conv2d(
     x: Tensor,
     y_new: Tensor,
@@ -140,6 +141,7 @@ def aiwq_conv2d(
     eps: float = EPS,
     weight_new: Tensor | None = None,
     norm: Mapping[str, Any] | None = None,
+    check: bool = True,
 ) -> Tensor:
     """KL of a layer's output from what the same input gives with its previous quantized weight.
 
@@ -154,42 +156,17 @@ def aiwq_conv2d(
         norm: the BatchNorm that the layer applies to x in front of the activation, as the arguments of `block_batch_norm` by
             name (bn_weight, bn_bias, running_mean, running_var, training, eps), and `statistics`, what block_conv2d recorded
             of this x, or None. Nothing is changed in it.
+        check: False for a caller that hands on what a layer has just computed with, in every step: stride, padding (four
+            values) and dilation are then taken as they are, and nothing is checked.
 
     Returns: [C_out], float32, no gradient; unclamped. NaN as aiwq_kl.
     Raises: ValueError or TypeError for arguments that do not fit, y_new included.
     """
-    op = "aiwq_conv2d"
-    check_eps(op, eps)
-    *geometry, groups = check_layer(
-        op, x, y_new, weight_old, bias, stride, padding, dilation, groups, pad_value,
-        a_x, c_x, act_bits, signed, offset, activation,
-    )  # fmt: skip
-    if weight_new is not None:
-        checks.check_beside(op, x, "weight_new", weight_new)
-        if weight_new.shape != weight_old.shape:
-            raise ValueError(
-                f"{op}: both weights must have one shape, got {tuple(weight_new.shape)} and {tuple(weight_old.shape)}"
-            )
-    if norm is not None:
-        known = {name: value for name, value in norm.items() if name != "statistics"}
-        check_norm(op, x, **_named(**known))
-    stride, padding, dilation = geometry
-    return layer_kl(
-        x, y_new, weight_old, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, pad_value=pad_value,
-        a_x=a_x, c_x=c_x, act_bits=act_bits, signed=signed, offset=offset, activation=activation, eps=eps,
-        weight_new=weight_new, norm=norm,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def layer_kl(
-    x: Tensor, y_new: Tensor, weight_old: Tensor, bias: Tensor | None, *, stride: Sequence[int], padding: Sequence[int],
-    dilation: Sequence[int], groups: int, pad_value: float = 0.0, a_x: Tensor | None = None, c_x: Tensor | None = None,
-    act_bits: int | None = None, signed: bool = False, offset: float = 0.0, activation: str = "none", eps: float = EPS,
-    weight_new: Tensor | None = None, norm: Mapping[str, Any] | None = None,
-) -> Tensor:  # fmt: skip
-    """`aiwq_conv2d` without its checks, for a caller that hands on what a layer has just computed with; padding: (left,
-    right, top, bottom)."""
+    if check:
+        quantizer = (a_x, c_x, act_bits, signed, offset, activation)
+        stride, padding, dilation, groups = _check(
+            x, y_new, weight_old, bias, stride, padding, dilation, groups, pad_value, *quantizer, eps, weight_new, norm
+        )
     constants = {}
     if norm is not None:
         known = {name: value for name, value in norm.items() if name != "statistics"}
@@ -202,6 +179,23 @@ def layer_kl(
         x, y_new, weight_old, bias, list(stride), list(padding), list(dilation), groups, pad_value,
         a_x, c_x, act_bits, signed, offset, activation, eps, weight_new=weight_new, **constants,
     )  # fmt: skip
+
+
+def _check(x, y_new, weight_old, bias, *layer_and_quantizer_and_eps) -> tuple[list[int], list[int], list[int], int]:
+    """Geometry and groups of `aiwq_conv2d`, whose arguments these are, in its order; its errors."""
+    *rest, eps, weight_new, norm = layer_and_quantizer_and_eps
+    op = "aiwq_conv2d"
+    check_eps(op, eps)
+    found = check_layer(op, x, y_new, weight_old, bias, *rest)
+    if weight_new is not None:
+        checks.check_beside(op, x, "weight_new", weight_new)
+        if weight_new.shape != weight_old.shape:
+            raise ValueError(
+                f"{op}: both weights must have one shape, got {tuple(weight_new.shape)} and {tuple(weight_old.shape)}"
+            )
+    if norm is not None:
+        check_norm(op, x, **_named(**{name: value for name, value in norm.items() if name != "statistics"}))
+    return found
 
 
 def _named(bn_weight, bn_bias, running_mean, running_var, *, training, eps=1e-5) -> dict[str, Any]:
