@@ -1,4 +1,4 @@
-"""The cases of the block operator: BatchNorm, activation, DuQ and a depthwise convolution as one, and one after the other."""
+"""The cases of the block operator: BatchNorm, activation, DuQ and a convolution as one, and one after the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNFUSED = "auto, unfused"
 
 
 def block(layer: Layer, dtype: torch.dtype, device: str) -> Case:
-    """A depthwise layer with the BatchNorm (statistics of the batch) in front of it; the weight as in `cases.depthwise`.
+    """A layer with the BatchNorm (statistics of the batch) in front of it; the weight as in `cases.depthwise`.
 
     The floor: BatchNorm needs all of x before it can give one value, and its backward all of g and x before it can give one
     gradient, so each direction reads them twice.
@@ -32,6 +32,8 @@ def block(layer: Layer, dtype: torch.dtype, device: str) -> Case:
     w = (torch.randn(layer.weight_shape, device=device) * 0.3).requires_grad_()
     weight_bits = BITS if layer.shape[2] >= registry.MIN_HEIGHT_WITH_WEIGHTS else None
     a, c, aw, cw = (raw_interval(value, device) for value in (3.0, 3.0, 0.9, 0.9))
+    if weight_bits is None:  # as the model gives it, quantized with all others at the start of its forward
+        w = pk.duq_fake_quantize(w, aw, cw, bits=BITS, signed=True).detach().requires_grad_()
     intervals = (a, c, aw, cw) if weight_bits else (a, c, None, None)
     leaves, names = [x, gamma, beta, w, a, c], ["x", "gamma", "beta", "w", "a", "c"]
     if weight_bits:
@@ -47,13 +49,16 @@ def block(layer: Layer, dtype: torch.dtype, device: str) -> Case:
         "activation": layer.activation, "pad_value": layer.pad_value, "stride": layer.stride, "padding": layer.padding,
     }  # fmt: skip
 
+    if not layer.depthwise:
+        settings["weight_codes"] = None if weight_bits else (cw.detach(), BITS)
+
     def gate(out, got, want_out, want) -> None:
         gates.relative_l2("the output", out[0], want_out[0], gates.LAYER[dtype])
         gates.gradients(names, got, want, grad, gates.LAYER[dtype])
 
     def block_of(x: Tensor) -> Tensor:
         return pk.block_conv2d(
-            x, gamma, beta, None, None, w, *intervals, training=True, eps=EPS, groups=channels, **settings
+            x, gamma, beta, None, None, w, *intervals, training=True, eps=EPS, groups=layer.groups, **settings
         )
 
     def fused() -> list[Tensor]:
@@ -75,7 +80,8 @@ def block(layer: Layer, dtype: torch.dtype, device: str) -> Case:
     if dtype.itemsize < 4:
         for variant in [name for name in case.variants if not name.startswith("reference")]:
             case.variants[variant] = replace(case.variants[variant], gate=gate_in_float32)
-    unfused = lambda: [pk.duq_depthwise_conv2d(norm(), w, *intervals, **settings)]  # noqa: E731
+    behind = pk.duq_depthwise_conv2d if layer.depthwise else pk.duq_conv2d
+    unfused = lambda: [behind(norm(), w, *intervals, **settings)]  # noqa: E731
     case.variants[UNFUSED] = Variant(unfused, leaves, backend_context("auto", pk.dispatch.OPS), gate)
 
     def full_precision() -> list[Tensor]:
@@ -83,7 +89,7 @@ def block(layer: Layer, dtype: torch.dtype, device: str) -> Case:
         h, border = apply_activation(norm(), layer.activation), (top, left)
         if (top, left) != (bottom, right):
             h, border = F.pad(h, layer.padding), (0, 0)
-        return [F.conv2d(h, w.to(dtype), None, layer.stride, border, groups=channels)]
+        return [F.conv2d(h, w.to(dtype), None, layer.stride, border, groups=layer.groups)]
 
     add_float(case, full_precision, [x, gamma, beta, w])
     return case

@@ -226,6 +226,8 @@ def makers(batch: int, px: int, device: str, dtypes: Sequence[str], toy: bool) -
     for layer in found:
         for dtype in kinds:
             yield "depthwise", lambda layer=layer, dtype=dtype: depthwise(layer, dtype, device)
-    for layer in found:
-        for dtype in kinds:
-            yield "block", lambda layer=layer, dtype=dtype: block(layer, dtype, device)
+    pointwise = registry.pointwise_layers(px, batch, nets)
+    for group, some in (("block", found), ("pointwise", pointwise[:1] if toy else pointwise)):
+        for layer in some:
+            for dtype in kinds:
+                yield group, lambda layer=layer, dtype=dtype: block(layer, dtype, device)

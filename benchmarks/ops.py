@@ -25,6 +25,8 @@ VARIANTS = (
 )  # fmt: skip
 DIRECTIONS = ("forward", "backward", "forward+backward")
 
+GROUPS = ("duq", "weights", "depthwise", "block", "pointwise")
+
 
 def calls(variant: Variant, grads: Sequence[Tensor]) -> dict[str, Call]:
     """The three directions of a variant. A backward is timed on a graph of its own, as in training."""
@@ -118,7 +120,7 @@ def run(given, report: Report, build: Callable = makers) -> None:
 def main(argv: Sequence[str]) -> int:
     """Command line of the suite; returns the exit status."""
     parser = options.parser("ops", __doc__.splitlines()[0])
-    parser.add_argument("--group", nargs="+", choices=("duq", "weights", "depthwise", "block"), help="only these operators")
+    parser.add_argument("--group", nargs="+", choices=GROUPS, help="only these operators")
     parser.add_argument("--dtype", nargs="+", choices=tuple(options.DTYPES), help="default: fp32 and bf16")
     parser.add_argument("--turn", type=float, default=0.05, metavar="SECONDS", help="length of a turn (default 0.05)")
     given = parser.parse_args(argv)

@@ -67,7 +67,7 @@ def _packages() -> list[str]:
 
 def _native() -> list[str]:
     info, missing = native.build_info(), native.why_missing()
-    rows = [("C++ kernels (CPU)", f"loaded, using {native.isa()}" if missing is None else missing)]
+    rows = [("C++ kernels (CPU)", f"loaded, using {native.features()}" if missing is None else missing)]
     if info["built"]:
         rows.append(("built with", f"{info['compiler']}, torch {info['torch']}"))
         rows.append(("loads in", f"torch {info['torch_target']} and later"))

@@ -68,3 +68,10 @@ def build_info() -> dict:
 def isa() -> str | None:
     """The instruction set the loaded kernels use; None without the library."""
     return _ISAS[torch.ops.profit_cpu.isa()] if available() else None
+
+
+def features() -> str | None:
+    """`isa()`, and whether pointwise convolutions are summed in integers."""
+    if not available():
+        return None
+    return f"{isa()}, {'with' if torch.ops.profit_cpu.has_byte_products() else 'without'} products of bytes (VNNI)"
