@@ -77,9 +77,9 @@ def block(layer: Layer, dtype: torch.dtype, device: str) -> Case:
         return y.detach().to(dtype), tuple(g.to(leaf.dtype) for g, leaf in zip(exact, leaves, strict=True))
 
     def gate_in_wider(out, got, want_out, want) -> None:
-        """The reference takes BatchNorm from torch, which rounds more than the kernels do: over 65536 values in float32 it moved
-        codes, its output was 4e-4 from float64 and its gradients up to 1e-2, a kernel's 3e-8 and 2e-5; in bfloat16 its gradient
-        of gamma was 0.09 from float32, the block's 0.002."""
+        """The reference takes BatchNorm from torch, which rounds more than the kernels do: over 65536 values in float32 it
+        moved codes, its output was 4e-4 from float64 and its gradients up to 1e-2, a kernel's 3e-8 and 2e-5; in bfloat16 its
+        gradient of gamma was 0.09 from float32, the block's 0.002."""
         y, exact = in_wider()
         gate(out, got, [y], exact)
 
