@@ -211,7 +211,11 @@ def test_control_c_in_a_real_process(recipe, tmp_path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "profit", "train", recipe, "--out", str(folder), "-q", "-s", "schedule.fp_epochs=500"]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment,
+        # A shell starts background jobs with it ignored, which children inherit: the tests may run in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(folder.glob("checkpoints/epoch-*.json")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
