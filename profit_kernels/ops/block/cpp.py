@@ -84,7 +84,7 @@ def pointwise(
     if layout is None or not torch.ops.profit_cpu.has_byte_products():
         return None
     images, _, height, width = x.shape
-    y = torch.empty((images, weight.shape[0], height, width), memory_format=layout)
+    y = torch.empty((images, weight.shape[0], height, width), dtype=x.dtype, device=x.device, memory_format=layout)
     arguments = _arguments(norm, q)
     tensors = (*arguments[:4], weight, c_w, weight_bits, *arguments[4:6], bias)
     return y if torch.ops.profit_cpu.block_pointwise(y, x, *tensors, *arguments[6:]) else None

@@ -135,6 +135,19 @@ def test_the_number_of_threads_changes_no_bit(rng, byte_products):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def test_the_output_follows_the_input_and_no_default(rng, byte_products):
+    x, _, norm = data(rng, (2, 8, 7, 6))
+    weight, c_w = quantized_weight(rng, 12, 8)
+    q, before = quantizer(rng, 4, *INPUTS[1]), torch.get_default_dtype()
+    expected = cpp.pointwise(x, norm, weight, q, None, ONE, c_w, 4)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            assert torch.equal(cpp.pointwise(x, norm, weight, q, None, ONE, c_w, 4), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 LEFT = {  # to the convolution of floats: x, weight, q, conv, c_w
     "channels": lambda x, w, q, conv, c: (x[:, :6].contiguous(memory_format=torch.channels_last), w[:, :6], q, conv, c),
     "NCHW": lambda x, w, q, conv, c: (x.contiguous(), w, q, conv, c),
