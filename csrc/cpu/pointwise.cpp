@@ -4,9 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
-#include <numeric>
 #include <vector>
 
 #include "../common/check.h"
@@ -75,21 +73,14 @@ Epilogue epilogue_of(
 // x on its way to codes: constants beside the lanes of as many pixels as fill whole registers.
 class Input {
  public:
-  Input(const InputSide& input, int64_t channels, float zero)
+  Input(const InputSide& input, const Walk& walk, float zero)
       : input_(input),
         kernels_(block_kernels(ScalarType::Float, true, input.activation, input.quantizer)),
-        channels_(channels),
-        zero_(zero) {
-    const int64_t whole = std::lcm(channels, kRegister);
-    lanes_ = whole <= kMostLanes ? whole : channels;
-    const int64_t room = (lanes_ + kRegister - 1) / kRegister * kRegister;
-    alpha_.resize(room, 0.0f);
-    shift_.resize(room, 0.0f);
-    for (int64_t i = 0; i < lanes_; ++i) {
-      alpha_[i] = input.front.alpha[i % channels];
-      shift_[i] = input.front.shift[i % channels];
-    }
-  }
+        channels_(walk.channels()),
+        lanes_(walk.lanes()),
+        zero_(zero),
+        alpha_(walk.spread(input.front.alpha, 0)),
+        shift_(walk.spread(input.front.shift, 0)) {}
 
   // The codes of `pixels` pixels; false where one is NaN.
   bool codes(const float* x, uint8_t* to, int64_t pixels) const {
@@ -139,7 +130,7 @@ bool block_pointwise(
   const PackedWeight packed(static_cast<const float*>(dense.const_data_ptr()), outputs, channels, steps);
   const int64_t zero = is_signed ? 128 : 0;
   const Epilogue epilogue = epilogue_of(packed, steps, input.quantizer, zero, bias);
-  const Input codes_of(input, channels, static_cast<float>(zero));
+  const Input codes_of(input, Walk(x), static_cast<float>(zero));
 
   const float* from = static_cast<const float*>(x.const_data_ptr());
   float* to = static_cast<float*>(y.mutable_data_ptr());
