@@ -84,7 +84,8 @@ class PhaseSchedule:
     then of `weight_bits` (at the last activation width): BN phase, training, BN phase. A weight width listed in
     `profit_bits` replaces the training by AIWQ sampling and `stages` stages with the top 0, 1/stages, 2/stages, ... of
     the ranked convolutions frozen. The closing BN phase of the whole schedule is called "final" and trains BatchNorm and
-    biases alone; in the other BN phases the quantizer intervals train too. A phase of 0 epochs is left out.
+    biases alone (with `final_train_intervals` the quantizer intervals too, as in all other BN phases). A phase of 0 epochs
+    is left out.
 
     Args:
         fp_epochs: full-precision fine-tuning before any quantization.
@@ -97,6 +98,8 @@ class PhaseSchedule:
             no BN phases, no sampling, nothing frozen.
         freeze: what a frozen layer stops training: "weights" (published) or "weights+intervals".
         resample: measure AIWQ afresh, with everything trainable, before every stage after the first. Adds epochs.
+        final_train_intervals: the intervals go on training in the closing BN phase, at `interval_lr_mult * lr`, as in the
+            published code (docs/maths.md, section 4).
 
     Raises:
         ValueError: bit widths out of 2..8, not descending or `profit_bits` not in `weight_bits`; lengths, stages, rates,
@@ -123,6 +126,7 @@ class PhaseSchedule:
     profit: bool = True
     freeze: str = "weights"
     resample: bool = False
+    final_train_intervals: bool = False
     position: int = field(default=0, init=False)
     phases: tuple[Phase, ...] = field(default=(), init=False, repr=False)
 
@@ -157,7 +161,7 @@ class PhaseSchedule:
             check_number(getattr(self, name), name, 0)
         for name in ("warmup_factor", "min_lr_factor"):
             check_number(getattr(self, name), name, 0, 1)
-        for name in ("profit", "resample"):
+        for name in ("profit", "resample", "final_train_intervals"):
             check_flag(getattr(self, name), name)
         check_choice(self.freeze, ("weights", "weights+intervals"), "freeze")
 
@@ -192,7 +196,8 @@ class PhaseSchedule:
         else:
             phases.append(self._phase(f"{tag}.train", "train", self.train_epochs, bits))
         if last:
-            phases.append(self._phase(f"{tag}.final", "bn", self.final_bn_epochs, bits, train_intervals=False))
+            intervals = self.final_train_intervals
+            phases.append(self._phase(f"{tag}.final", "bn", self.final_bn_epochs, bits, train_intervals=intervals))
         else:
             phases.append(self._phase(f"{tag}.bn2", "bn", self.bn_epochs, bits))
         if not self.profit:
@@ -217,14 +222,14 @@ class PhaseSchedule:
 
     @classmethod
     def published(cls, name: str = "mobilenetv2", **changes: Any) -> PhaseSchedule:
-        """The recipe published for a network, with `changes` to single values.
+        """The recipe of the code published for a network, with `changes` to single values.
 
         Raises:
             ValueError: no recipe of that name is known.
         """
         if name != "mobilenetv2":
             raise ValueError(f"no published schedule called {name!r}; known: mobilenetv2")
-        return cls(**changes)
+        return cls(**{"final_train_intervals": True, **changes})
 
     @property
     def total_epochs(self) -> int:
