@@ -1,4 +1,4 @@
-"""The command line: `profit train`, `evaluate`, `export`, `verify`, `report`, `doctor`.
+"""The command line: `profit train`, `recipes`, `evaluate`, `export`, `verify`, `report`, `doctor`.
 
 Heavy imports are inside the commands: `profit --help` answers at once.
 """
@@ -68,6 +68,7 @@ class Format(StrEnum):
     torch = "torch"
 
 
+_RECIPE = "A YAML recipe, the name of one that comes with the package, or a run folder for its recipe."
 Run = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
 Checkpoint = Annotated[
     str | None, typer.Option(help="best, best_ema, last or a weight file; the final model by default.")
@@ -76,7 +77,7 @@ Checkpoint = Annotated[
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or a run folder for its recipe.", show_default=False)],
+    recipe: Annotated[Path, typer.Argument(help=_RECIPE, show_default=False)],
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/<run.name> by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Carry on the run in the folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead of progress bars.")] = False,
@@ -92,15 +93,18 @@ def train(
 ) -> None:
     """Train a recipe through all its phases and write a report.
 
-    [dim]profit train recipes/digits_w4a4.yaml --set data.fold=1[/dim]
+    [dim]profit train digits_w4a4 --set data.fold=1[/dim]
     """
     from profit.train.recipe_io import load_recipe
+    from profit.train.shipped import is_shadowed
 
     for option, value in (("--images", images), ("--throughput", throughput)):
         if value is not None and not dry_run:
             raise RecipeError(f"{option} is for --dry-run, which trains nothing; training takes what the recipe says (--set)")
     if throughput is not None and not math.isfinite(throughput):
         raise RecipeError(f"--throughput {throughput}: give the images per second")
+    if is_shadowed(recipe):
+        print(f"{recipe}: the one in this folder, not the recipe of that name that comes with the package", file=sys.stderr)
     loaded = load_recipe(recipe, overrides or ())
     stored = (recipe / "recipe.yaml").is_file()
     if stored and not (out or resume or dry_run):
@@ -132,6 +136,16 @@ def train(
         print(f"{folder} is finished already")
     _print_results(results)
     print(f"report: {folder / 'report.html'}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    from profit.train.shipped import shipped_recipes, title
+
+    shipped = shipped_recipes()
+    for name, path in shipped.items():
+        print(f"{name.ljust(max(map(len, shipped)))}  {title(path)}")
 
 
 @app.command()

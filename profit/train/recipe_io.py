@@ -13,6 +13,7 @@ from profit.config import DuQConfig
 from profit.errors import RecipeError
 from profit.train.limits import problem
 from profit.train.recipe import Recipe
+from profit.train.shipped import find_recipe
 
 # The schedule sets the bit widths phase by phase; a second place to write them would contradict it.
 _HIDDEN = {DuQConfig: ("weight_bits", "act_bits")}
@@ -22,19 +23,16 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "t
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a YAML recipe; `overrides` are `section.key=value` texts whose values are YAML too.
 
-    A run folder in place of a file stands for the recipe stored in it.
+    A run folder in place of a file stands for the recipe stored in it, the name of a recipe that comes with the package
+    (`digits_w4a4`) for that one; a file or run folder of the same name wins.
 
     Raises:
-        RecipeError: unreadable file, not YAML, a key that stands twice, an unknown key (with the nearest known one), a wrong
+        RecipeError: no such recipe, unreadable file, not YAML, a key that stands twice, an unknown key (with the nearest known one), a wrong
             type or value.
     """
-    path = Path(path)
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        path = path / "recipe.yaml"
+    path = find_recipe(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}") from None
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
