@@ -27,8 +27,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     (`digits_w4a4`) for that one; a file or run folder of the same name wins.
 
     Raises:
-        RecipeError: no such recipe, unreadable file, not YAML, a key that stands twice, an unknown key (with the nearest known one), a wrong
-            type or value.
+        RecipeError: no such recipe, unreadable file, not YAML, a key that stands twice, an unknown key (with the nearest known
+            one), a wrong type or value.
     """
     path = find_recipe(path)
     try:
