@@ -104,10 +104,10 @@ def path_problem(path: str) -> str | None:
     """A plain local path: what some library would take for an address, a command or a home folder is none."""
     if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in path):
         return f"{path!r} holds a control character"
-    if _SCHEME.match(path):
-        return f"{path!r} is no plain local path but an address or a command ({_SCHEME.match(path)[0]})"
     if "::" in path or "|" in path:
         return f"{path!r} is no plain local path: '::' and '|' join addresses and commands"
+    if scheme := _SCHEME.match(path):
+        return f"{path!r} is no plain local path but an address or a command ({scheme[0]}); write ./{scheme[0]}... for a folder"
     if path.startswith(("~", "-")):
         return f"{path!r} is no plain local path: write it out, without a leading {path[0]}"
     return None
@@ -116,7 +116,7 @@ def path_problem(path: str) -> str | None:
 def shards_problem(split: str) -> str | None:
     """A split of a stream: a word, or names of tar files in the data folder, as `train-{0000..0015}.tar|10000`."""
     if not _SPLIT.fullmatch(split):
-        return f"{split!r} is neither a split's name nor that of tar files in the data folder, as train-{{0000..0015}}.tar|10000"
+        return f"{split!r} names neither a split nor tar files in the data folder, as train-{{0000..0015}}.tar|10000 does"
     names, count = split.partition("|")[0], 1
     for first, last, listed in _BRACES.findall(names):
         count *= listed.count(",") + 1 if listed else abs(int(last) - int(first)) + 1

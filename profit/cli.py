@@ -256,8 +256,8 @@ def _print_results(results: dict) -> None:
     for phase in results["phases"]:
         ema = phase["accuracy_ema"]
         table.add_row(
-            printable(phase["name"]), printable(phase["bits"]), str(phase["frozen"]), str(phase["epochs"]), f"{phase['accuracy']:.2f}",
-            "-" if ema is None else f"{ema:.2f}", f"{phase['wall_s']:.1f}",
+            printable(phase["name"]), printable(phase["bits"]), str(phase["frozen"]), str(phase["epochs"]),
+            f"{phase['accuracy']:.2f}", "-" if ema is None else f"{ema:.2f}", f"{phase['wall_s']:.1f}",
         )  # fmt: skip
     console = Console() if sys.stdout.isatty() else Console(width=110)
     console.print(table)

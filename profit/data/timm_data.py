@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -190,7 +191,7 @@ def _named(
         dataset = create_dataset(
             name, root=str(root), split=split, is_training=training, download=download, batch_size=batch_size, **mode
         )
-    except (RuntimeError, ValueError, AssertionError, KeyError, OSError, ImportError) as error:
+    except (RuntimeError, ValueError, AssertionError, KeyError, OSError, ImportError, UnpicklingError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"timm cannot open the data set {name!r}, split {split!r}: {reason}") from error
     if stream:  # timm only logs what it cannot read of one
