@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from profit.errors import ProfitError, RecipeError
+from profit.errors import ProfitError, RecipeError, printable
 
 EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -235,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         app(args=None if argv is None else list(argv), prog_name="profit")
     except ProfitError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return EXIT_ERROR
     except _Interrupted as stop:
         print(f"interrupted: {stop}", file=sys.stderr)
@@ -261,7 +261,7 @@ def _print_results(results: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{results['run']['name']}: {results['model']['name']} on {results['data']['name']}")
+    table = Table(title=printable(f"{results['run']['name']}: {results['model']['name']} on {results['data']['name']}"))
     for column, justify in (
         ("phase", "left"), ("bits", "left"), ("frozen", "right"), ("epochs", "right"), ("accuracy %", "right"),
         ("average of weights %", "right"), ("seconds", "right"),
@@ -270,8 +270,8 @@ def _print_results(results: dict) -> None:
     for phase in results["phases"]:
         ema = phase["accuracy_ema"]
         table.add_row(
-            phase["name"], phase["bits"], str(phase["frozen"]), str(phase["epochs"]), f"{phase['accuracy']:.2f}",
-            "-" if ema is None else f"{ema:.2f}", f"{phase['wall_s']:.1f}",
+            printable(phase["name"]), printable(phase["bits"]), str(phase["frozen"]), str(phase["epochs"]),
+            f"{phase['accuracy']:.2f}", "-" if ema is None else f"{ema:.2f}", f"{phase['wall_s']:.1f}",
         )  # fmt: skip
     console = Console() if sys.stdout.isatty() else Console(width=110)
     console.print(table)

@@ -37,6 +37,11 @@ class ExportError(ProfitError):
     """A model (or one named layer of it) cannot be exported, or an exported file cannot be used."""
 
 
+def printable(text: object) -> str:
+    """`text` on one line that a terminal shows and does not obey: spaces as one, control characters as their escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(str(text).split()))
+
+
 # What `profit` imports beyond its base dependencies: the extras `train` and `export`.
 _TRAIN_PACKAGES = frozenset(
     "typer rich yaml timm torchvision sklearn scipy matplotlib jinja2 tensorboard safetensors PIL".split()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,34 @@ def load_onnx(path: str | Path) -> Any:
         raise ExportError(f"there is no ONNX file {path}")
     try:
         proto = onnx.load_model_from_string(path.read_bytes())
+        _refuse_foreign(proto, path)
         onnx.checker.check_model(proto)
     except (DecodeError, onnx.checker.ValidationError) as error:
         raise ExportError(f"{path} is not a readable ONNX file: {first_line(error)}") from None
     return proto
+
+
+def _refuse_foreign(proto: Any, path: Path) -> None:
+    """Raise ExportError for operators of other libraries, for loops, and for tensors in other files: no export writes them."""
+    for node in proto.graph.node:
+        if node.domain not in ("", "ai.onnx") or any(a.HasField("g") or a.graphs for a in node.attribute):
+            raise ExportError(f"{path} holds the operator {node.op_type!r} of domain {node.domain or 'ai.onnx'!r}: profit "
+                              "export writes neither operators of other domains nor loops")  # fmt: skip
+    if proto.functions:
+        raise ExportError(f"{path} defines operators of its own, which profit export never does")
+    if any(tensor.data_location or tensor.external_data for tensor in _tensors(proto)):
+        raise ExportError(f"{path} keeps weights in other files, which profit export never does: they are not opened")
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every TensorProto in a protobuf message, at any depth."""
+    if message.DESCRIPTOR.full_name == "onnx.TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in value if isinstance(value, Sequence) else [value]:
+                yield from _tensors(inner)
 
 
 def session(proto: Any, threads: int = 0, optimized: str | None = None, config: dict[str, str] | None = None) -> Any:

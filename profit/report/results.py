@@ -58,6 +58,8 @@ def read_results(run_dir: str | Path) -> dict[str, Any]:
         ProfitError: no such file, not JSON, another schema, or a value of the wrong type (named by its place).
     """
     path = Path(run_dir) / RESULTS_NAME
+    if path.exists() and not path.is_file():
+        raise ProfitError(f"{path} is no regular file")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

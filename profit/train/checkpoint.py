@@ -62,6 +62,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     base = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
     json_path, tensor_path, new_path = _files(base)
+    for path in (json_path, tensor_path, new_path):
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"cannot read the checkpoint {base}: {path.name} is no regular file")
     try:
         head = json.loads(json_path.read_text(encoding="utf-8"))
         contents = [path.read_bytes() for path in (tensor_path, new_path) if path.exists()]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from profit.allowed import data_problem
 from profit.data import create_data
 from profit.errors import CheckpointError, DataError, RecipeError
 from profit.quantize import quant_layers
@@ -47,6 +48,9 @@ def evaluate_run(
         is_folder = Path(data).is_dir()
         chosen = replace(recipe.data, name="imagefolder" if is_folder else data, path=data if is_folder else None)
         recipe = replace(recipe, data=chosen)
+    wrong = data_problem(recipe.data)
+    if wrong:
+        raise DataError(wrong)
     device = device_for(recipe)
     weights = resolve_weights(folder, checkpoint)
     model, architecture = load_network(weights, device)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
+
+from profit.allowed import run_name_problem
 
 _INF = math.inf
 
@@ -55,8 +56,7 @@ def problem(name: str, value: Any) -> str | None:
 
 def _problem(name: str, value: Any) -> str | None:
     if name == "run.name":
-        plain = re.fullmatch(r"[^/\\\x00-\x1f]+", value) and value.strip(". ")
-        return None if plain else "must be a plain name, without slashes: it is that of a folder"
+        return run_name_problem(value)
     if name in CHOICES:
         return None if value in CHOICES[name] else f"must be one of {', '.join(map(str, CHOICES[name]))}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from profit.allowed import FIRST_WEIGHTS
 from profit.data import DataBundle
 from profit.errors import CheckpointError, ConversionError, DataError, RecipeError
 from profit.models import create_model
@@ -24,8 +25,6 @@ from profit.train.recipe import Recipe
 FORMAT = "profit-model-1"
 METADATA_KEY = "profit"
 LARGEST = 10**6
-# Arguments of timm's create_model that read or fetch other files: a weight file may not ask for that, and needs none.
-_OPENS_FILES = frozenset(("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"))
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     weights = read_weights(path)
     if weights.architecture is None or weights.quantization is None:
         raise CheckpointError(f"{path} holds plain weights and does not tell which network they are for")
-    args = {key: value for key, value in weights.architecture.args.items() if key not in _OPENS_FILES}
+    args = {key: value for key, value in weights.architecture.args.items() if key not in FIRST_WEIGHTS}
     try:
         model = replace(weights.architecture, args=args).build()
         apply_quantization_state_(model, weights.quantization)

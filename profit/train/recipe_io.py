@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from profit.allowed import recipe_problem
 from profit.config import DuQConfig
 from profit.errors import RecipeError
 from profit.train.limits import problem
@@ -28,7 +29,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises:
         RecipeError: no such recipe, unreadable file, not YAML, a key that stands twice, an unknown key (with the nearest known
-            one), a wrong type or value.
+            one), a wrong type or value, or a text that could make a library fetch or run something (docs/security.md).
     """
     path = find_recipe(path)
     try:
@@ -42,6 +43,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         values = {}
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, this is {_describe(values)}")
+    data = values.get("data")
+    if isinstance(data, Mapping) and data.get("download") not in (None, False):
+        raise RecipeError(f"{path}: data.download is not for a file, which anybody may have written: take it out there, and "
+                          "ask for the download with -s data.download=true")  # fmt: skip
     return parse_recipe(apply_overrides(values, overrides))
 
 
@@ -79,6 +84,12 @@ def _yaml(text: str, where: str) -> Any:
                 raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: a recipe has no aliases; write it out")
             return super().compose_node(parent, index)
 
+        def compose_scalar_node(self, anchor: Any) -> Any:
+            node = super().compose_scalar_node(anchor)
+            if any("\ud800" <= character <= "\udfff" or character == "\0" for character in node.value):
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {node.value!r} is no text that a file could hold")
+            return node
+
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen = set()
             for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -107,7 +118,11 @@ def parse_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: see `load_recipe`.
     """
-    return _section(Recipe, values, "")
+    recipe = _section(Recipe, values, "")
+    wrong = recipe_problem(recipe)
+    if wrong:
+        raise RecipeError(wrong)
+    return recipe
 
 
 def recipe_dict(recipe: Any) -> dict[str, Any]:
@@ -125,11 +140,18 @@ def recipe_dict(recipe: Any) -> dict[str, Any]:
     return result
 
 
+def stored_dict(recipe: Recipe) -> dict[str, Any]:
+    """`recipe_dict` as a file keeps it: a download is asked for anew each time."""
+    values = recipe_dict(recipe)
+    values["data"]["download"] = False
+    return values
+
+
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `load_recipe` reads back."""
+    """The resolved recipe as YAML that `load_recipe` reads back, without the wish for a download."""
     import yaml
 
-    return yaml.safe_dump(recipe_dict(recipe), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(stored_dict(recipe), sort_keys=False, allow_unicode=True)
 
 
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> str | None:

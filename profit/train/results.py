@@ -23,7 +23,7 @@ from profit.report.collect import collect_layers, model_sizes, weight_histograms
 from profit.schedule import Phase, PhaseSchedule
 from profit.train.network import Architecture
 from profit.train.recipe import Recipe
-from profit.train.recipe_io import recipe_dict
+from profit.train.recipe_io import stored_dict
 
 SCHEMA = 1
 
@@ -88,7 +88,7 @@ def assemble(
         "run": dict(run),
         "model": describe_model(model, architecture),
         "data": describe_data(recipe, data),
-        "recipe": recipe_dict(recipe),
+        "recipe": stored_dict(recipe),
         "phases": phases,
         "layers": collect_layers(model, scores, dict(frozen_stage)),
         "weights": weight_histograms(model),
