@@ -72,10 +72,8 @@ def _foreseen(error: BaseException) -> str | None:
     if isinstance(error, ModuleNotFoundError) and (message := missing_extra(error)) is not None:
         return message
     if out_of_memory(error):
-        return (
-            "out of memory: lower data.batch_size, data.eval_batch_size or data.image_size, take a smaller network, or free memory; "
-            f"what was asked for: {str(error).strip().splitlines()[0] if str(error).strip() else 'unknown'}"
-        )
+        asked = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"out of memory ({asked}): lower data.batch_size, data.eval_batch_size or data.image_size, or free memory"
     if isinstance(error, RecursionError):
         return "something is nested deeper than Python follows (RecursionError): look for deep nesting in the files given"
     if isinstance(error, UnicodeEncodeError):

@@ -167,6 +167,8 @@ def choose(op: str, x: Tensor, limits: Mapping[str, str | None] | None = None) -
                 _logged.add((op, device_type, backend))
                 log.info("%s on %s: backend %s", op, device_type, backend)
             return backend
+        if backend == "cpp" and missing(backend, device_type) is not None and native.wrong_setting() is not None:
+            raise BackendError(str(native.wrong_setting()))  # a slip of the pen must not choose the slow backend
     return "reference"
 
 

@@ -11,11 +11,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from profit.config import DuQConfig
 from profit.errors import RecipeError
-from profit.train.limits import problem
+from profit.train.files import read_text
+from profit.train.limits import plain_problem, problem
 from profit.train.recipe import Recipe
 
 # The schedule sets the bit widths phase by phase; a second place to write them would contradict it.
 _HIDDEN = {DuQConfig: ("weight_bits", "act_bits")}
+_LARGEST = 10**6  # bytes; a recipe has a few thousand
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
 
 
@@ -32,7 +34,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     if path.is_dir() and (path / "recipe.yaml").is_file():
         path = path / "recipe.yaml"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, _LARGEST)
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
     except OSError as error:
@@ -99,7 +101,8 @@ def _yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise RecipeError(f"{where} is nested too deeply") from None
-    except ValueError as error:  # a date, or a number of thousands of digits
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        # a date, a number of thousands of digits, or a tag (!!bool x) on what is nothing of the kind
         raise RecipeError(f"{where} holds a value that cannot be read: {error}") from None
 
 
@@ -109,7 +112,11 @@ def parse_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: see `load_recipe`.
     """
-    return _section(Recipe, values, "")
+    recipe = _section(Recipe, values, "")
+    wrong = plain_problem(values, "")
+    if wrong:
+        raise RecipeError(wrong)
+    return recipe
 
 
 def recipe_dict(recipe: Any) -> dict[str, Any]:
@@ -242,7 +249,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
