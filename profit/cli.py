@@ -115,6 +115,7 @@ def train(
         return
 
     from profit.distributed import rank
+    from profit.report.html import REPORT_NAME
     from profit.train.processes import process_group
     from profit.train.runs import MODEL, is_begun
     from profit.train.trainer import train as run_training
@@ -134,6 +135,10 @@ def train(
             return  # process 0 tells the results
     if finished:
         print(f"{folder} is finished already")
+    if not (folder / REPORT_NAME).is_file():  # its run was interrupted in between
+        from profit.report import write_report
+
+        write_report(folder)
     _print_results(results)
     print(f"report: {folder / 'report.html'}")
 
@@ -262,22 +267,24 @@ def _print_results(results: dict) -> None:
     """The table of phases at the end of a run."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{results['run']['name']}: {results['model']['name']} on {results['data']['name']}")
+    title = f"{results['run']['name']}: {results['model']['name']} on {results['data']['name']}"
+    table = Table(title=Text(title))  # as all texts here: `[red]` in a name is a name
     for column, justify in (
         ("phase", "left"), ("bits", "left"), ("frozen", "right"), ("epochs", "right"), ("accuracy %", "right"),
         ("average of weights %", "right"), ("seconds", "right"),
     ):  # fmt: skip
         table.add_column(column, justify=justify)
     for phase in results["phases"]:
-        ema = phase["accuracy_ema"]
+        ema = phase.get("accuracy_ema")
         table.add_row(
-            phase["name"], phase["bits"], str(phase["frozen"]), str(phase["epochs"]), f"{phase['accuracy']:.2f}",
+            Text(phase["name"]), Text(phase["bits"]), str(phase["frozen"]), str(phase["epochs"]), f"{phase['accuracy']:.2f}",
             "-" if ema is None else f"{ema:.2f}", f"{phase['wall_s']:.1f}",
         )  # fmt: skip
     console = Console() if sys.stdout.isatty() else Console(width=110)
     console.print(table)
-    fp = results["final"]["accuracy_fp"]
+    fp = results["final"].get("accuracy_fp")
     print(
         f"final accuracy {results['final']['accuracy']:.2f}%"
         + ("" if fp is None else f" (full precision {fp:.2f}%)")

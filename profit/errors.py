@@ -31,6 +31,10 @@ class DataError(ProfitError):
     """Training or test data is missing or unreadable."""
 
 
+class MissingDataError(DataError):
+    """There are no data where the recipe says; a dry run can do without."""
+
+
 class TrainingError(ProfitError):
     """Training cannot go on (a loss that is not finite, ...)."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
 from profit.data.tensors import DataBundle
-from profit.errors import DataError
+from profit.errors import DataError, MissingDataError
 
 if TYPE_CHECKING:
     from profit.data.folders import FolderImages
@@ -155,7 +155,7 @@ def _folders(
         raise DataError("data.name is imagefolder but data.path is not set: give the folder that holds the splits")
     root = Path(path)
     if not root.is_dir():
-        raise DataError(f"data.path {path} is not a folder")
+        raise MissingDataError(f"data.path {path} is not a folder")
     for split in (train_split, test_split):
         if not (root / split).is_dir():
             there = ", ".join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())) or "none"
@@ -174,13 +174,13 @@ def _named(
     from timm.data import create_dataset
 
     if path and not download and not Path(path).exists():
-        raise DataError(f"data.path {path} does not exist (data.download=true fetches {name} where timm can)")
+        raise MissingDataError(f"data.path {path} does not exist (data.download=true fetches {name} where timm can)")
     mode = {} if name.startswith("torch/") else {"input_img_mode": "L" if in_chans == 1 else "RGB"}
     try:
         dataset = create_dataset(
             name, root=path, split=split, is_training=training, download=download, batch_size=batch_size, **mode
         )
-    except (RuntimeError, ValueError, AssertionError, KeyError, OSError, ImportError) as error:
+    except (RuntimeError, ValueError, AssertionError, LookupError, OSError, ImportError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"timm cannot open the data set {name!r}, split {split!r}: {reason}") from error
     # timm only logs what it cannot read of a stream

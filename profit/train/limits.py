@@ -111,7 +111,8 @@ def _problem(name: str, value: Any) -> str | None:
         return None if low <= value <= high else words
     if name in POSITIVE:
         high = POSITIVE[name]
-        return None if 0 < value <= high else "must be above 0" + (f" and at most {high:g}" if high < _RATE or value > 0 else "")
+        words = f" and at most {high:g}" if high < _RATE or value > 0 else ""
+        return None if 0 < value <= high else f"must be above 0{words}"
     if name in FRACTIONS:
         return None if 0 <= value < 1 else "must be at least 0 and below 1"
     return None
