@@ -179,6 +179,9 @@ def _check_structure(path: str | Path, ours: Mapping[str, Any], theirs: Mapping[
                 raise ExportError(f"{path}: layer {name!r} has {key} {theirs[name][key]!r}, the model {settings[key]!r}")
 
 
+_LONGEST = 10**8  # bytes of a description, of which few compressed ones can make any number
+
+
 @dataclass(frozen=True)
 class _Content:
     """A packed file; the last two are there only if it is restorable."""
@@ -206,7 +209,7 @@ def _read(path: str | Path) -> _Content:
         raise ExportError(f"{path} is not a readable .safetensors file (truncated?): {error}") from None
     try:
         head = json.loads(metadata.get(METADATA_KEY, "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ExportError(f"{path} is damaged: its metadata are not JSON") from None
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise ExportError(f"{path} is not a packed network: profit export RUN --format packed writes one")
@@ -218,11 +221,13 @@ def _read(path: str | Path) -> _Content:
     if head.get("sha256") != _digest(tensors):
         raise ExportError(f"{path} is damaged or was changed: its checksum does not match its content")
     try:
-        description = json.loads(zlib.decompress(tensors["description"].numpy()))
+        description = json.loads(zlib.decompressobj().decompress(tensors["description"].numpy(), _LONGEST))
         network = _network(description["network"], tensors)
         state = _state(description.get("state", []), tensors.get("state", torch.empty(0, dtype=torch.uint8)))
     # Its checksum is right: only a file made to deceive comes here.
-    except (KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
+    except (
+        ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError, zlib.error,
+    ) as error:  # fmt: skip
         raise ExportError(f"{path} does not describe a network: {' '.join(str(error).split())}") from None
     return _Content(network, description.get("quantization"), state)
 

@@ -238,7 +238,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     try:
         model = tried(replace(weights.architecture, args=args), False, "cpu")
         apply_quantization_state_(model, weights.quantization)
-    except (RecipeError, CheckpointError) as error:
+    except (RecipeError, CheckpointError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: the network it is for cannot be built: {error}") from error
     load_weights(model, weights.state, path)
     return model.to(device).eval(), weights.architecture
