@@ -17,6 +17,8 @@ from .config import MAX_BITS, MIN_BITS, check_choice
 
 # A phase warms up over at most this share of its epochs; the published 3 of 15 epochs is exactly this share.
 MAX_WARMUP_SHARE = 0.2
+# A stage that freezes no further layer is pointless, and no mobile network has as many; a longer phase is a slip of the pen.
+MAX_STAGES, MAX_EPOCHS = 1000, 10**6
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,8 @@ class PhaseSchedule:
         if unknown:
             raise ValueError(f"profit_bits {unknown} are not in weight_bits {self.weight_bits}")
         for name in ("fp_epochs", "bn_epochs", "train_epochs", "sample_epochs", "stage_epochs", "final_bn_epochs"):
-            check_whole(getattr(self, name), name, 0)
-        check_whole(self.stages, "stages", 1)
+            check_whole(getattr(self, name), name, 0, MAX_EPOCHS)
+        check_whole(self.stages, "stages", 1, MAX_STAGES)
         check_number(self.lr, "lr", above=0)
         if self.fp_lr is not None:
             check_number(self.fp_lr, "fp_lr", above=0)

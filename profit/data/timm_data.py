@@ -16,10 +16,15 @@ from torch.utils.data import IterableDataset, default_collate
 
 from profit.data.streams import check_info, check_shards
 from profit.data.tensors import DataBundle
-from profit.errors import DataError
+from profit.errors import DataError, MissingDataError
 
 if TYPE_CHECKING:
     from profit.data.folders import FolderImages
+
+# What readers raise for data that they cannot open or that are not theirs.
+_UNOPENABLE = (
+    RuntimeError, ValueError, AssertionError, LookupError, OSError, ImportError, TypeError, AttributeError, UnpicklingError,
+)  # fmt: skip
 
 
 class TimmLoader:
@@ -159,7 +164,7 @@ def _folders(
         raise DataError("data.name is imagefolder but data.path is not set: give the folder that holds the splits")
     root = Path(path)
     if not root.is_dir():
-        raise DataError(f"data.path {path} is not a folder")
+        raise MissingDataError(f"data.path {path} is not a folder")
     for split in (train_split, test_split):
         if not (root / split).is_dir():
             there = ", ".join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())) or "none"
@@ -183,7 +188,8 @@ def _named(
     if not (root.is_dir() if root.exists() else download and not stream):
         missing = "is not a folder" if root.exists() else "does not exist"
         fetch = "" if stream else f" (-s data.download=true fetches {name} where torchvision can)"
-        raise DataError(f"data.path {path} {missing}{fetch}")
+        kind = DataError if root.exists() else MissingDataError
+        raise kind(f"data.path {path} {missing}{fetch}")
     if stream:
         check_info(root)
     mode = {} if name.startswith("torch/") else {"input_img_mode": "L" if in_chans == 1 else "RGB"}
@@ -191,7 +197,7 @@ def _named(
         dataset = create_dataset(
             name, root=str(root), split=split, is_training=training, download=download, batch_size=batch_size, **mode
         )
-    except (RuntimeError, ValueError, AssertionError, KeyError, OSError, ImportError, UnpicklingError) as error:
+    except _UNOPENABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"timm cannot open the data set {name!r}, split {split!r}: {reason}") from error
     if stream:  # timm only logs what it cannot read of one

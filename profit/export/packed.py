@@ -207,7 +207,7 @@ def _read(path: str | Path) -> _Content:
         raise ExportError(f"{path} is not a readable .safetensors file (truncated?): {error}") from None
     try:
         head = json.loads(metadata.get(METADATA_KEY, "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ExportError(f"{path} is damaged: its metadata are not JSON") from None
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise ExportError(f"{path} is not a packed network: profit export RUN --format packed writes one")
@@ -223,7 +223,9 @@ def _read(path: str | Path) -> _Content:
         network = _network(description["network"], tensors)
         state = _state(description.get("state", []), tensors.get("state", torch.empty(0, dtype=torch.uint8)))
     # Its checksum is right: only a file made to deceive comes here.
-    except (KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
+    except (
+        ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError, zlib.error,
+    ) as error:  # fmt: skip
         raise ExportError(f"{path} does not describe a network: {' '.join(str(error).split())}") from None
     return _Content(network, description.get("quantization"), state)
 

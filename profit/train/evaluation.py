@@ -46,6 +46,8 @@ def evaluate_run(
             raise RecipeError(f"--set {text}: a test of {folder} takes data.* and run.*, the network is the run's own")
     if data is not None:
         is_folder = Path(data).is_dir()
+        if not data or (Path(data).exists() and not is_folder):
+            raise DataError(f"--data {data!r} is no folder: give a folder of images or the name of a data set")
         chosen = replace(recipe.data, name="imagefolder" if is_folder else data, path=data if is_folder else None)
         recipe = replace(recipe, data=chosen)
     wrong = data_problem(recipe.data)

@@ -12,12 +12,14 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from profit.allowed import recipe_problem
 from profit.config import DuQConfig
 from profit.errors import RecipeError
-from profit.train.limits import problem
+from profit.train.files import read_text
+from profit.train.limits import plain_problem, problem
 from profit.train.recipe import Recipe
 from profit.train.shipped import find_recipe
 
 # The schedule sets the bit widths phase by phase; a second place to write them would contradict it.
 _HIDDEN = {DuQConfig: ("weight_bits", "act_bits")}
+_LARGEST = 10**6  # bytes; a recipe has a few thousand
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
 
 
@@ -33,7 +35,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """
     path = find_recipe(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, _LARGEST)
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -108,7 +110,8 @@ def _yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise RecipeError(f"{where} is nested too deeply") from None
-    except ValueError as error:  # a date, or a number of thousands of digits
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        # a date, a number of thousands of digits, or a tag (!!bool x) on what is nothing of the kind
         raise RecipeError(f"{where} holds a value that cannot be read: {error}") from None
 
 
@@ -119,7 +122,7 @@ def parse_recipe(values: Mapping[str, Any]) -> Recipe:
         RecipeError: see `load_recipe`.
     """
     recipe = _section(Recipe, values, "")
-    wrong = recipe_problem(recipe)
+    wrong = plain_problem(values, "") or recipe_problem(recipe)
     if wrong:
         raise RecipeError(wrong)
     return recipe
@@ -262,7 +265,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

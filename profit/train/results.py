@@ -151,11 +151,6 @@ def to_json(results: Mapping[str, Any]) -> str:
     return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What `to_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def versions() -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {"python": platform.python_version()}

@@ -13,7 +13,7 @@ import yaml
 from profit import allowed
 from profit.cli import main
 from profit.data import create_data
-from profit.errors import DataError, ProfitError, RecipeError, printable
+from profit.errors import DataError, ProfitError, RecipeError, one_line
 from profit.models import create_model
 from profit.train import recipe_io
 from profit.train.network import Architecture
@@ -250,7 +250,7 @@ def test_names_give_the_terminal_no_orders(refused, tmp_path, alarm):
     (tmp_path / "r.yaml").write_text('"\\e]52;c;eA==\\a": 1\n')
     line = refused("train", tmp_path / "r.yaml")
     assert line.isprintable() and r"\x1b]52" in line
-    assert printable("a\nb\x1b[31m\u202e\ud800 \u00e4") == "a b\\x1b[31m\\u202e\\ud800 \u00e4"
+    assert one_line("a\nb\x1b[31m\u202e\ud800 \u00e4") == "a b\\x1b[31m\\u202e\\ud800 \u00e4"
 
 
 def test_the_published_recipes_and_every_listed_name_are_allowed():
