@@ -9,13 +9,19 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a checkout holds besides its sources: environments, outputs of builds and of runs.
-_NOT_SOURCES = (".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "_cpu*", "_build_info.json")
+# Named one by one: a checkout may also hold environments and runs, of many gigabytes.
+FOLDERS = ("benchmarks", "csrc", "docs", "examples", "profit", "profit_kernels", "recipes", "tests")
+_FILES = ("*.md", "*.toml", "*.py", "*.in", "LICENSE", "Makefile")
+_BUILT = ("__pycache__", "_cpu*", "_build_info.json")
 
 
 def copy_sources(folder: Path) -> Path:
-    """Copy the sources to `folder` and return it."""
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*_NOT_SOURCES), dirs_exist_ok=True)
+    """Copy the sources, without anything built, to `folder` and return it."""
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns(*_BUILT))
+    for pattern in _FILES:
+        for file in ROOT.glob(pattern):
+            shutil.copy(file, folder)
     return folder
 
 

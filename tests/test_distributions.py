@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from profit_kernels import native
-from tests.distributions import ROOT, build, copy_sources
+from tests.distributions import FOLDERS, ROOT, build, copy_sources
 
 # The oldest that the library is compiled for, and two later ones.
 TORCHES = ("2.11", "2.13", "2.14")
@@ -33,8 +33,7 @@ def clean(**changes: str) -> dict[str, str]:
 
 def test_the_source_distribution_is_complete(tmp_path):
     sources = copy_sources(tmp_path / "sources")
-    folders = ("benchmarks", "csrc", "docs", "examples", "profit", "profit_kernels", "recipes", "tests")
-    expected = {str(p.relative_to(sources)) for folder in folders for p in (sources / folder).rglob("*") if p.is_file()}
+    expected = {str(p.relative_to(sources)) for folder in FOLDERS for p in (sources / folder).rglob("*") if p.is_file()}
     for litter in ("runs/a/results.json", "profit_kernels/_cpu.abi3.so", "csrc/cpu/duq.o", "profit_kernels/_build_info.json"):
         (sources / litter).parent.mkdir(parents=True, exist_ok=True)
         (sources / litter).write_text("{}")

@@ -77,7 +77,7 @@ def timm_data(
     on_error: Literal["refuse", "skip"] = "refuse",
     device: torch.device | str = "cpu",
 ) -> DataBundle:
-    """Train and test loaders of an image folder (`name="imagefolder"`) or a timm data set name.
+    """Train and test loaders of an image folder (`name="imagefolder"`) or of a data set that timm opens.
 
     Args:
         name: `imagefolder`, or a name timm's `create_dataset` understands; not to be taken from a stranger unchecked.

@@ -40,10 +40,10 @@ def evaluate_run(
     if not (folder / RECIPE).is_file():
         raise CheckpointError(f"{folder} is not a run folder: it has no {RECIPE}")
     overrides = list(overrides)
-    recipe = load_recipe(folder / RECIPE, overrides)
     for text in overrides:
-        if text.strip().partition(".")[0] not in ("data", "run"):
+        if "=" in text and text.strip().partition(".")[0] not in ("data", "run"):
             raise RecipeError(f"--set {text}: a test of {folder} takes data.* and run.*, the network is the run's own")
+    recipe = load_recipe(folder / RECIPE, overrides)
     if data is not None:
         is_folder = Path(data).is_dir()
         if not data or (Path(data).exists() and not is_folder):

@@ -180,15 +180,31 @@ def test_names_in_results_are_text_in_the_report(tmp_path, alarm):
     assert not alarm
 
 
-def test_descriptions_that_swell(finished, tmp_path, alarm, refused):
-    path = tmp_path / "bomb.safetensors"
-    tensors = load_file(finished.parent / "net.safetensors")
-    squeezed = zlib.compress(b" " * 2**28, 9)
-    assert len(squeezed) < 2**19
-    tensors["description"] = torch.frombuffer(bytearray(squeezed), dtype=torch.uint8)
+def repacked(source, target, change):
+    """A packed file whose description was changed, with a checksum that fits."""
+    tensors = load_file(source)
+    text = change(zlib.decompress(tensors["description"].numpy().tobytes()))
+    tensors["description"] = torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
     head = {"format": packed.FORMAT, "version": packed.VERSION, "sha256": packed._digest(tensors)}
-    save_file(tensors, path, {packed.METADATA_KEY: json.dumps(head)})
+    save_file(tensors, target, {packed.METADATA_KEY: json.dumps(head)})
+    return target
+
+
+def test_descriptions_that_swell(finished, tmp_path, alarm, refused):
+    path = repacked(finished.parent / "net.safetensors", tmp_path / "bomb.safetensors", lambda text: b" " * 2**27)
+    assert path.stat().st_size < 2**20
     assert "its description is longer than" in refused("verify", path, "--against", finished)
+
+
+def test_operators_of_a_packed_file_are_those_of_the_table(finished, tmp_path, alarm):
+    def change(text):
+        description = json.loads(text)
+        description["network"]["steps"][0].update(op="os.system", inputs=["touch CANARY"])
+        return json.dumps(description).encode()
+
+    path = repacked(finished.parent / "net.safetensors", tmp_path / "net.safetensors", change)
+    with pytest.raises(ExportError, match="unknown operator 'os.system'"):
+        packed.read_packed(path)
 
 
 def test_a_program_is_not_opened_without_trust(finished, tmp_path, alarm, refused):

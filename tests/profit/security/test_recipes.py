@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,3 +266,10 @@ def test_the_published_recipes_and_every_listed_name_are_allowed():
         assert allowed.run_name_problem(name) is None
     assert issubclass(RecipeError, ProfitError) and tiny_recipe().model.args == VALUES["model"]["args"]
     assert recipe_io.recipe_problem(tiny_recipe("teacher.source=torchvision/resnet18")) is None
+
+
+def test_the_table_names_tests_that_exist():
+    root = Path(__file__).resolve().parents[3]
+    sources = "".join(path.read_text() for path in (root / "tests" / "profit").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+?)(?:\.\.\.)?`", (root / "docs" / "security.md").read_text()))
+    assert len(named) > 25 and not [name for name in named if f"def {name}" not in sources]
