@@ -22,6 +22,7 @@ SUITES = {
     "static": "every Triton kernel compiled for sm_80, sm_90 and gfx942: registers, spills, access widths",
     "processes": "2 and 4 processes against 1: ranking, frozen sets, losses",
     "kills": "kill -9 at random moments and inside checkpoint writes, resume, compare the weights",
+    "fuzz": "damaged recipes, results, weights, checkpoints, exports and images: how the commands end",
     "export": "exported networks: codes against the model, top-1, file sizes, latency under onnxruntime",
     "figure6": "which quantizer represents the output of h-swish best (the paper's Figure 6)",
     "zoo": "which timm and torchvision models convert, and what still works on the converted model",

@@ -84,8 +84,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the phases, what they freeze and the estimated time; train nothing.")
     ] = False,
-    images: Annotated[int | None, typer.Option(min=1, help="With --dry-run, without the data: training images.")] = None,
-    throughput: Annotated[float | None, typer.Option(min=1e-9, help="With --dry-run: images per second, not measured.")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, max=10**12, help="With --dry-run, without the data: training images.")
+    ] = None,
+    throughput: Annotated[
+        float | None, typer.Option(min=1e-9, max=1e12, help="With --dry-run: images per second, not measured.")
+    ] = None,
     tune_allocator: Annotated[
         bool, typer.Option("--tune-allocator", help="Keep freed memory for the next step (glibc): faster on the CPU, larger.")
     ] = False,
@@ -209,7 +213,9 @@ def verify(
     exported: Annotated[Path, typer.Argument(help="A file that export wrote.", show_default=False)],
     against: Annotated[Path, typer.Option(help="The run folder it was exported from.", show_default=False)],
     checkpoint: Checkpoint = None,
-    images: Annotated[int | None, typer.Option(help="Use this many of the run's test images; all by default.")] = None,
+    images: Annotated[
+        int | None, typer.Option(max=10**12, help="Use this many of the run's test images; all by default.")
+    ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Open a .pt2 file, which can run code of whoever made it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
