@@ -17,7 +17,8 @@ from ..harness.data import BITS, backend_context, random_data, raw_interval
 from ..harness.registry import Layer
 from ..harness.rows import FAILED, Report
 from ..harness.timing import Budget, Call, clock_for, copies, copy_call, interleaved
-from ..step.suite import Job, case_name, run_case
+from ..step.jobs import Job, case_name
+from ..step.suite import run_case
 
 # variant -> (variant of the step, mode of the monitor or None)
 STEPS = {

@@ -102,7 +102,7 @@ def count(variant: str, model_name: str, batch: int, px: int) -> Counts:
     Args:
         variant: "reference-eager", "triton" or "float-eager", as in the suite step.
     """
-    from ..step.suite import Job, backend_for, build, example, loss_of
+    from ..step.jobs import Job, backend_for, build, example, loss_of
 
     job = Job(variant, model_name, batch, px, "cpu", "fp32", torch.get_num_threads())
     images, labels = example(job)

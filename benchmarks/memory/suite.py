@@ -13,7 +13,8 @@ from ..harness.children import measure
 from ..harness.peak import why_no_peak
 from ..harness.rows import Report
 from ..harness.timing import Budget
-from ..step.suite import Job, cases, prepare, variants
+from ..step.jobs import Job, cases, variants
+from ..step.suite import prepare
 
 
 def names(device: str) -> list[str]:

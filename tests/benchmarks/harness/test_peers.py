@@ -9,14 +9,14 @@ from torch import nn
 from benchmarks.harness import options, peers
 from benchmarks.harness.children import Unavailable, WrongResult
 from benchmarks.ops import cases
-from benchmarks.step import suite as step
+from benchmarks.step import jobs
 
 
 def test_a_peer_that_is_not_installed_is_a_line(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    job = step.Job("brevitas", options.TOY_MODEL, 2, 32, "cpu", "fp32", 1)
+    job = jobs.Job("brevitas", options.TOY_MODEL, 2, 32, "cpu", "fp32", 1)
     with pytest.raises(Unavailable, match=r"not installed: pip install 'profit-kernels\[peers\]'"):
-        step.build(job, step.example(job)[0])
+        jobs.build(job, jobs.example(job)[0])
     assert not {"brevitas", "torchao"} & set(cases.duq((2, 8, 4, 4), "signed", torch.float32, "cpu").variants)
 
 
