@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 from profit.errors import ProfitError
@@ -31,6 +32,20 @@ def write_atomic(path: str | Path, content: bytes | str) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise ProfitError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def read_text(path: Path, limit: int | None = None) -> str:
+    """The text of a regular file in UTF-8; a pipe, which might never end, is refused like a folder.
+
+    Raises:
+        OSError: as `open`, and for what is no regular file or longer than `limit` bytes. UnicodeDecodeError: another encoding.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(None, "it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
+    if limit is not None and status.st_size > limit:
+        raise OSError(None, f"it is longer than {limit:,} bytes")
+    return path.read_text(encoding="utf-8")
 
 
 def target(path: str | Path) -> Path:
