@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -156,15 +155,6 @@ def markdown(found: dict[str, list[dict[str, Any]]], summary: dict[str, Any]) ->
     return "\n".join(lines)
 
 
-def processor() -> str:
-    """The processor's model name, where the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the study; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks digits", description=__doc__.splitlines()[0])
@@ -175,9 +165,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/digits_folds.json", help="the result file")
     parser.add_argument("-s", "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change every recipe")
     options = parser.parse_args(argv)
+    from profit.environment import git_commit, processor, versions
+    from profit.files import write_atomic
     from profit.train import load_recipe, recipe_dict
-    from profit.train.files import write_atomic
-    from profit.train.results import git_commit, versions
 
     start, commit = time.perf_counter(), git_commit()
     try:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from profit.errors import CheckpointError, ProfitError
-from profit.train.files import sha256, sync_folder, write_atomic
+from profit.files import clear_leftovers, sha256, sync_folder, write_atomic
 
 FORMAT = "profit-checkpoint-1"
 _TENSOR, _ITEMS = "__tensor__", "__items__"
@@ -41,9 +41,9 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     json_path, tensor_path, new_path = _files(path)
     if new_path.exists():  # a process was killed here before
         _settle(path)
-    write_atomic(new_path, data)
+    write_atomic(new_path, data, follow=False)
     head = {"format": FORMAT, "tensors_sha256": sha256(data), "state_sha256": sha256(plain.encode())}
-    write_atomic(json_path, json.dumps({**head, "state": json.loads(plain)}))
+    write_atomic(json_path, json.dumps({**head, "state": json.loads(plain)}), follow=False)
     _rename(new_path, tensor_path)
 
 
@@ -102,8 +102,7 @@ def prune(folder: str | Path, keep: int) -> None:
         for base in checkpoints(folder)[:-keep]:
             for path in _files(base):  # the .json first: a checkpoint without it does not count
                 path.unlink(missing_ok=True)
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        clear_leftovers(folder)
         for new in folder.glob(".*.safetensors.new"):
             _settle(folder / new.name[1:].removesuffix(".safetensors.new"))
         for path in folder.glob("*.safetensors"):

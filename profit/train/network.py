@@ -18,7 +18,7 @@ from profit.models import create_model
 from profit.quantize import quantize_
 from profit.state import apply_quantization_state_, quantization_state
 from profit.train.checkpoint import load_checkpoint
-from profit.train.files import write_atomic
+from profit.files import write_atomic
 from profit.train.recipe import Recipe
 
 FORMAT = "profit-model-1"

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from profit.errors import ProfitError
+from profit.files import open_to_append
 from profit.schedule import Phase
 
 
@@ -41,7 +42,7 @@ class Progress:
     ) -> None:
         self.quiet, self.stream = quiet, stream or sys.stdout
         try:
-            self._log = open(folder / "log.txt", "a", encoding="utf-8")
+            self._log = open_to_append(folder / "log.txt")
         except OSError as error:
             raise ProfitError(f"cannot write the output folder {folder}: {error.strerror or error}") from None
         self._bar: Any = None

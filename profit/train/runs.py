@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from profit.errors import CheckpointError, ProfitError, RecipeError
 from profit.train.checkpoint import checkpoints, load_checkpoint
-from profit.train.files import write_atomic
+from profit.files import write_atomic
 from profit.train.recipe import Recipe
 from profit.train.recipe_io import dump_recipe, first_difference, load_recipe, recipe_dict
 

@@ -31,7 +31,7 @@ from profit.schedule import Phase
 from profit.train import results as reporting
 from profit.train.checkpoint import load_checkpoint, prune, save_checkpoint, seed_everything
 from profit.train.ema import ModelEma
-from profit.train.files import write_atomic
+from profit.files import write_atomic
 from profit.train.loop import Objective, evaluate, train_epoch
 from profit.train.network import architecture_for, build_network, load_weights, network_state, save_network
 from profit.train.processes import distributed_model, process_group
