@@ -85,6 +85,10 @@ def train(
     ] = False,
     images: Annotated[int | None, typer.Option(min=1, help="With --dry-run, without the data: training images.")] = None,
     throughput: Annotated[float | None, typer.Option(min=1e-9, help="With --dry-run: images per second, not measured.")] = None,
+    accept_changed: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WHAT", help="With --resume: recipe, teacher or data may have changed; may be repeated."),
+    ] = None,
     tune_allocator: Annotated[
         bool, typer.Option("--tune-allocator", help="Keep freed memory for the next step (glibc): faster on the CPU, larger.")
     ] = False,
@@ -122,7 +126,7 @@ def train(
         if tune_allocator:
             _tune_allocator(say=rank() == 0)
         try:
-            results = run_training(loaded, folder, resume=resume, quiet=quiet)
+            results = run_training(loaded, folder, resume=resume, quiet=quiet, accept_changed=accept_changed or ())
         except KeyboardInterrupt:
             kept = f"the last finished epoch is kept in {folder}; the same command with --resume carries on from there"
             raise _Interrupted(kept if is_begun(folder) else "no epoch was finished yet") from None

@@ -63,7 +63,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     base = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
     json_path, tensor_path, new_path = _files(base)
     try:
-        head = json.loads(json_path.read_text(encoding="utf-8"))
+        text = json_path.read_text(encoding="utf-8")
+        head = json.loads(text)
         contents = [path.read_bytes() for path in (tensor_path, new_path) if path.exists()]
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {base}: {Path(str(error.filename)).name} is missing") from None
@@ -73,7 +74,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{json_path} is damaged: it is not JSON") from None
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise CheckpointError(f"{json_path} is not a checkpoint of this program (format {FORMAT})")
-    if sha256(json.dumps(head.get("state")).encode()) != head.get("state_sha256"):
+    # the text too, because some bits change it and not what it means: 1e-05 and 1E-05
+    if sha256(json.dumps(head.get("state")).encode()) != head.get("state_sha256") or text != json.dumps(head):
         raise CheckpointError(f"{json_path} is damaged: its checksum does not match")
     if not contents:
         raise CheckpointError(f"there is no checkpoint {base}: {tensor_path.name} is missing")

@@ -62,6 +62,7 @@ def describe_data(recipe: Recipe, data: DataBundle) -> dict[str, Any]:
         "test": data.test_images,
         "unreadable": len(data.unreadable()),
         "image_size": data.image_size,
+        "class_names": list(data.class_names),
         "fold": f"{recipe.data.fold} of {recipe.data.folds}" if data.name == "digits" else None,
     }
 

@@ -6,18 +6,38 @@ What is drawn at random is a function of seed and epoch, so no generator is stor
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
+import torch
+from torch import nn
+
+from profit.aiwq import AIWQMonitor
 from profit.errors import CheckpointError
-from profit.train.network import load_weights, network_state
-
-if TYPE_CHECKING:
-    from profit.train.trainer import Trainer
+from profit.schedule import PhaseSchedule
+from profit.train.ema import ModelEma
+from profit.train.network import Architecture, load_weights, network_state
 
 _MEASURED = ("history", "phases", "best", "aiwq", "frozen_stage", "accuracy_fp", "wall_s", "phase_wall_s", "images_per_s")
 
 
-def snapshot(trainer: Trainer) -> dict[str, Any]:
+class RunState(Protocol):
+    """What is stored of a trainer; beside the attributes below those that `_MEASURED` names."""
+
+    folder: Path
+    model: nn.Module
+    architecture: Architecture
+    schedule: PhaseSchedule
+    phase_index: int
+    epoch: int
+    optimizer: torch.optim.Optimizer | None
+    ema: ModelEma | None
+    monitor: AIWQMonitor | None
+    run_info: dict[str, Any]
+    origin: dict[str, Any]
+
+
+def snapshot(trainer: RunState) -> dict[str, Any]:
     """Everything the next epoch depends on."""
     state = {
         **network_state(trainer.model, trainer.architecture),
@@ -26,6 +46,7 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
         },
         **{name: getattr(trainer, name) for name in _MEASURED},
         "run": trainer.run_info,
+        "origin": trainer.origin,
     }  # fmt: skip
     if trainer.epoch:  # between two phases there is nothing of the phase to keep
         state["optimizer"] = trainer.optimizer.state_dict()
@@ -34,7 +55,7 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
     return state
 
 
-def restore(trainer: Trainer, state: dict[str, Any]) -> None:
+def restore(trainer: RunState, state: dict[str, Any]) -> None:
     """Model, position and everything measured so far. Raises CheckpointError for the state of another schedule."""
     position = state["position"]
     try:
@@ -48,7 +69,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.run_info = {**trainer.run_info, "created": state["run"]["created"], "command": state["run"]["command"]}
 
 
-def restore_phase(trainer: Trainer, state: dict[str, Any]) -> None:
+def restore_phase(trainer: RunState, state: dict[str, Any]) -> None:
     """What entering the phase made anew and the phase has changed since."""
     trainer.optimizer.load_state_dict(state["optimizer"])
     if trainer.ema is not None:
