@@ -71,8 +71,9 @@ $(STAMP): pyproject.toml setup.py $(CSRC) | $(ENVIRONMENT)
 	@$(PY) -m pip --version > /dev/null 2>&1 || { echo "error: $(PY) has no pip; run '$(PY) -m ensurepip', or use the default VENV=.venv" >&2; exit 1; }
 	@echo "$(if $(filter-out $(CSRC),$?),Installing into $(PY:/bin/python=): a few minutes the first time,Compiling the C++ kernels)"
 	@$(if $(filter-out $(CSRC),$?),\
-	    $(PIP) install -q "torch>=2.11" "setuptools>=77" wheel ninja < /dev/null && \
-	    $(PIP) install -q --no-build-isolation -e ".[dev]" < /dev/null,\
+	    $(call pip_install,"torch>=2.11" "setuptools>=77" wheel ninja) && \
+	    echo "Compiling the C++ kernels; installing what training and the tests need" && \
+	    $(call pip_install,--no-build-isolation -e ".[dev]"),\
 	    $(PY) setup.py -q build_ext --inplace)
 	@$(PY) -c "from profit_kernels import native; print(native.why_missing() or f'C++ kernels: ready ({native.isa()})')"
 	@mkdir -p "$(dir $@)" && touch "$@"
@@ -91,6 +92,13 @@ $(ENVIRONMENT):
 	@$(PYTHON) -c "import venv, ensurepip" 2> /dev/null || { echo "error: $(PYTHON) cannot create environments; install its venv module (Debian, Ubuntu: apt install python3-venv), or use an environment of your own: make VENV=/path/to/it" >&2; exit 1; }
 	$(PYTHON) -m venv "$(VENV)"
 endif
+
+# pip tells what it downloads, with progress bars on a terminal. Only its warnings of package locations that do not exist, one a
+# package where a configuration names some, are left out; what fails is pip's exit status, not that of the filter.
+define pip_install
+{ { status=$$({ { $(PIP) install $(1) < /dev/null 2>&1 >&3 3>&-; echo $$? >&4; } | \
+    sed '/^WARNING: Location .* is ignored/d' >&2; } 4>&1); } 3>&1; [ "$$status" = 0 ]; }
+endef
 
 define require_python
 $(1) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("error: Python 3.11 or later is needed, $(1) is %d.%d; name another: make PYTHON=/path/to/python3.11" % v[:2])'

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext as plain_build_ext
 from setuptools.errors import BaseError, CCompilerError
 
@@ -33,22 +33,7 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent
 NAME = "profit_kernels._cpu"
-SOURCES = [
-    "csrc/registration.cpp",
-    "csrc/cpu/aiwq.cpp",
-    "csrc/cpu/aiwq_update.cpp",
-    "csrc/cpu/aiwq_wide.cpp",
-    "csrc/cpu/block.cpp",
-    "csrc/cpu/block_depthwise.cpp",
-    "csrc/cpu/block_kernels.cpp",
-    "csrc/cpu/depthwise.cpp",
-    "csrc/cpu/depthwise_kernels.cpp",
-    "csrc/cpu/depthwise_plan.cpp",
-    "csrc/cpu/duq.cpp",
-    "csrc/cpu/isa.cpp",
-    "csrc/cpu/pointwise.cpp",
-    "csrc/cpu/pointwise_products.cpp",
-]
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
 # The oldest torch whose stable ABI the library is compiled for: it then loads in this version and all later ones.
 TARGET = (2, 11)
 COMPILE_ARGS = [
@@ -65,6 +50,14 @@ COMPILE_ARGS = [
     # gcc warns of its own AVX-512 header.
     "-Wno-maybe-uninitialized",
 ]
+# The same sources make the same bytes, wherever they are built.
+LINK_ARGS = ["-Wl,--build-id=none"] if sys.platform == "linux" else []
+
+
+def without_paths() -> list[str]:
+    """Flags by which __FILE__, in torch's headers and here, names no folder of the machine that builds."""
+    folders = {str(ROOT): "."} | {folder: "include" for folder in cpp_extension.include_paths()}
+    return [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
 
 
 def why_not_buildable() -> str | None:
@@ -153,13 +146,16 @@ class OptionalBuild(plain_build_ext if torch is None else cpp_extension.BuildExt
 
 def extension() -> Extension:
     headers = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.h"))]
-    make = Extension if torch is None else cpp_extension.CppExtension
+    make, flags = (Extension, []) if torch is None else (cpp_extension.CppExtension, without_paths())
     return make(
-        NAME, SOURCES, depends=headers, extra_compile_args=list(COMPILE_ARGS), py_limited_api=True, optional=True
-    )
+        NAME, SOURCES, depends=headers, extra_compile_args=[*COMPILE_ARGS, *flags], extra_link_args=LINK_ARGS,
+        py_limited_api=True, optional=True,
+    )  # fmt: skip
 
 
 setup(
+    # recipes/ is installed as profit/recipes (package-dir in pyproject.toml).
+    packages=[*find_packages(include=["profit", "profit.*", "profit_kernels", "profit_kernels.*"]), "profit.recipes"],
     ext_modules=[extension()],
     cmdclass={"build_ext": OptionalBuild},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

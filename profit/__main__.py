@@ -6,28 +6,31 @@ import sys
 from collections.abc import Sequence
 
 from profit.errors import missing_extra
+from profit.frame import guarded, process
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (see profit.cli.main)."""
+    """Run the command line; returns the exit status (see profit.cli.main).
+
+    Without `argv` it is that of this process, whose signals, streams and warnings are set for it (see profit.frame).
+    """
+    if argv is None:
+        return process(lambda: _command_line(sys.argv[1:]))
+    return guarded(lambda: _command_line(argv))
+
+
+def _command_line(argv: Sequence[str]) -> int:
     try:
         from profit.cli import main as command_line
 
         return command_line(argv)
     except ModuleNotFoundError as error:
-        message = missing_extra(error)
-        if message is None:
+        if missing_extra(error) is None or list(argv) != ["doctor"]:
             raise
-        if list(sys.argv[1:] if argv is None else argv) == ["doctor"]:
-            from profit.doctor import doctor
+        from profit.doctor import doctor
 
-            doctor()
-            return 0
-        print(f"error: {message}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # while the imports of a command are under way
-        print("interrupted", file=sys.stderr)
-        return 130
+        doctor()
+        return 0
 
 
 if __name__ == "__main__":

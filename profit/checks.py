@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any
 
-from torch import nn
-
 
 def brief(value: object) -> str:
     """A value for a message: its repr on one line where that is short, else what it is."""
@@ -24,6 +22,8 @@ def first_line(error: BaseException) -> str:
 
 def check_module(model: object, usage: str = "") -> None:
     """Raise TypeError, showing the `usage` of the function where there is one, unless `model` is an nn.Module."""
+    from torch import nn  # a recipe is checked before torch is loaded
+
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {brief(model)}{'; usage: ' if usage else ''}{usage}")
 

@@ -1,4 +1,4 @@
-"""The command line: `profit train`, `evaluate`, `export`, `verify`, `report`, `doctor`.
+"""The command line: `profit train`, `recipes`, `evaluate`, `export`, `verify`, `report`, `doctor`.
 
 Heavy imports are inside the commands: `profit --help` answers at once.
 """
@@ -16,14 +16,10 @@ from typing import Annotated
 
 import typer
 
-from profit.errors import ProfitError, RecipeError
+from profit import frame
+from profit.errors import ProfitError, RecipeError, one_line
 
-EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
-
-
-class _Interrupted(Exception):
-    """Ctrl-C, with what is left."""
-
+EXIT_DIFFERENT = 1
 
 app = typer.Typer(
     help="Train mobile networks at 4 bits and below with PROFIT (Park & Yoo, ECCV 2020).",
@@ -35,14 +31,18 @@ app = typer.Typer(
 )
 
 
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"profit {version('profit-kernels')}"
+    except PackageNotFoundError:
+        return "profit, run from its source without being installed"
+
+
 def _print_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            print(f"profit {version('profit-kernels')}")
-        except PackageNotFoundError:
-            print("profit, run from its source without being installed")
+        print(_version())
         raise typer.Exit
 
 
@@ -68,6 +68,7 @@ class Format(StrEnum):
     torch = "torch"
 
 
+_RECIPE = "A YAML recipe, the name of one that comes with the package, or a run folder for its recipe."
 Run = Annotated[Path, typer.Argument(help="A run folder.", show_default=False)]
 Checkpoint = Annotated[
     str | None, typer.Option(help="best, best_ema, last or a weight file; the final model by default.")
@@ -76,7 +77,7 @@ Checkpoint = Annotated[
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe, or a run folder for its recipe.", show_default=False)],
+    recipe: Annotated[Path, typer.Argument(help=_RECIPE, show_default=False)],
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/<run.name> by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Carry on the run in the folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Plain lines instead of progress bars.")] = False,
@@ -96,20 +97,25 @@ def train(
 ) -> None:
     """Train a recipe through all its phases and write a report.
 
-    [dim]profit train recipes/digits_w4a4.yaml --set data.fold=1[/dim]
+    [dim]profit train digits_w4a4 --set data.fold=1[/dim]
     """
     from profit.train.recipe_io import load_recipe
+    from profit.train.shipped import is_shadowed
 
     for option, value in (("--images", images), ("--throughput", throughput)):
         if value is not None and not dry_run:
             raise RecipeError(f"{option} is for --dry-run, which trains nothing; training takes what the recipe says (--set)")
     if throughput is not None and not math.isfinite(throughput):
         raise RecipeError(f"--throughput {throughput}: give the images per second")
+    if is_shadowed(recipe):
+        print(f"{recipe}: the one in this folder, not the recipe of that name that comes with the package", file=sys.stderr)
     loaded = load_recipe(recipe, overrides or ())
     stored = (recipe / "recipe.yaml").is_file()
     if stored and not (out or resume or dry_run):
         raise RecipeError(f"{recipe} is a run folder: --resume carries the run on, --out DIR trains its recipe again")
     folder = out or (recipe if stored and (resume or dry_run) else Path("runs") / loaded.run.name)
+    if os.environ.get("RANK", "0") == "0":  # before torch is loaded, which takes seconds
+        print(one_line(f"{_version()}: {f'plan of {recipe}' if dry_run else f'training {recipe} into {folder}'}"), flush=True)
     if dry_run:
         from profit.train.dry_run import dry_run as plan
 
@@ -117,25 +123,42 @@ def train(
         return
 
     from profit.distributed import rank
+    from profit.report.html import REPORT_NAME
     from profit.train.processes import process_group
     from profit.train.runs import MODEL, is_begun
     from profit.train.trainer import train as run_training
 
+    def kept() -> str:
+        if not is_begun(folder):
+            return "no epoch was finished yet"
+        return f"the last finished epoch is kept in {folder}; the same command with --resume carries on from there"
+
+    frame.kept = kept
     finished = resume and (folder / MODEL).is_file()
     with process_group(loaded.run.timeout_s):
         if tune_allocator:
             _tune_allocator(say=rank() == 0)
-        try:
-            results = run_training(loaded, folder, resume=resume, quiet=quiet, accept_changed=accept_changed or ())
-        except KeyboardInterrupt:
-            kept = f"the last finished epoch is kept in {folder}; the same command with --resume carries on from there"
-            raise _Interrupted(kept if is_begun(folder) else "no epoch was finished yet") from None
+        results = run_training(loaded, folder, resume=resume, quiet=quiet, accept_changed=accept_changed or ())
         if rank():
             return  # process 0 tells the results
     if finished:
         print(f"{folder} is finished already")
+    if not (folder / REPORT_NAME).is_file():  # its run was interrupted in between
+        from profit.report import write_report
+
+        write_report(folder)
     _print_results(results)
     print(f"report: {folder / 'report.html'}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with the package."""
+    from profit.train.shipped import shipped_recipes, title
+
+    shipped = shipped_recipes()
+    for name, path in shipped.items():
+        print(f"{name.ljust(max(map(len, shipped)))}  {title(path)}")
 
 
 @app.command()
@@ -147,6 +170,7 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Test the network of a run."""
+    _loading(f"testing {run}")
     from profit.train.evaluation import evaluate_run
 
     result = evaluate_run(run, checkpoint=checkpoint, data=data, overrides=overrides or ())
@@ -178,6 +202,7 @@ def export(
 
     [dim]profit export runs/a --format packed --out a.safetensors[/dim]
     """
+    _loading(f"exporting {run}")
     from profit.export.command import export_run
 
     print(export_run(run, out, format.value, checkpoint=checkpoint, opset=opset, integer=integer, restorable=restorable))
@@ -193,6 +218,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare an exported file with its run on real images; exit status 1 if rounding does not explain a difference."""
+    _loading(f"verifying {exported}")
     from profit.export.command import verify_run
 
     result = verify_run(exported, against, checkpoint=checkpoint, images=images, trust=trust)
@@ -220,21 +246,30 @@ def doctor() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status.
 
-    0; 1 where `verify` found a difference; 2 for an error told in one line; 130 for Ctrl-C.
+    0; 1 where `verify` found a difference; 2 for an error told in one line; 70 for one that nobody foresaw; 130 for Ctrl-C.
     """
+    frame.kept = None
+    return frame.guarded(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
+
+
+def _run(argv: list[str]) -> int:
+    command = typer.main.get_command(app)
+    usage_error = typer.BadParameter.__mro__[2]  # ClickException, of the click that typer uses, a package or its own copy
     try:
-        app(args=None if argv is None else list(argv), prog_name="profit")
-    except ProfitError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_ERROR
-    except _Interrupted as stop:
-        print(f"interrupted: {stop}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except SystemExit as stop:  # the way typer ends, also after a usage error
-        if stop.code == EXIT_INTERRUPTED:
-            print("interrupted", file=sys.stderr)
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        with command.make_context("profit", list(argv) or ["--help"]) as context:
+            command.invoke(context)
+    except typer.Exit as stop:
+        return stop.exit_code if argv else frame.EXIT_ERROR
+    except usage_error as error:
+        asked = getattr(error.ctx, "command_path", "profit")
+        raise ProfitError(f"{error.format_message().rstrip('.')}; {asked} --help tells what it takes") from None
     return 0
+
+
+def _loading(what: str) -> None:
+    """Tell people, not programs, that it begins: the imports that follow take seconds."""
+    if sys.stderr.isatty():
+        frame.say(f"{_version()}: {what}")
 
 
 def _tune_allocator(say: bool) -> None:
@@ -250,22 +285,24 @@ def _print_results(results: dict) -> None:
     """The table of phases at the end of a run."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{results['run']['name']}: {results['model']['name']} on {results['data']['name']}")
+    title = f"{results['run']['name']}: {results['model']['name']} on {results['data']['name']}"
+    table = Table(title=Text(one_line(title)))  # as all texts here: `[red]` in a name is a name
     for column, justify in (
         ("phase", "left"), ("bits", "left"), ("frozen", "right"), ("epochs", "right"), ("accuracy %", "right"),
         ("average of weights %", "right"), ("seconds", "right"),
     ):  # fmt: skip
         table.add_column(column, justify=justify)
     for phase in results["phases"]:
-        ema = phase["accuracy_ema"]
+        ema = phase.get("accuracy_ema")
         table.add_row(
-            phase["name"], phase["bits"], str(phase["frozen"]), str(phase["epochs"]), f"{phase['accuracy']:.2f}",
+            Text(phase["name"]), Text(phase["bits"]), str(phase["frozen"]), str(phase["epochs"]), f"{phase['accuracy']:.2f}",
             "-" if ema is None else f"{ema:.2f}", f"{phase['wall_s']:.1f}",
         )  # fmt: skip
     console = Console() if sys.stdout.isatty() else Console(width=110)
     console.print(table)
-    fp = results["final"]["accuracy_fp"]
+    fp = results["final"].get("accuracy_fp")
     print(
         f"final accuracy {results['final']['accuracy']:.2f}%"
         + ("" if fp is None else f" (full precision {fp:.2f}%)")

@@ -7,6 +7,7 @@ collective: every process must call them, in the same order.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from profit import errors
 from profit.errors import ProfitError
 
 
@@ -71,7 +71,7 @@ def from_first(call: Callable[[], Any]) -> Any:
             failed = error
     kind, message = agree([type(failed).__name__, str(failed)] if failed is not None else [None, None])
     if kind is not None:
-        raise failed or getattr(errors, kind, ProfitError)(message)
+        raise failed or getattr(sys.modules[ProfitError.__module__], kind, ProfitError)(message)
     return agree(found)
 
 

@@ -100,6 +100,8 @@ def report() -> str:
         "Backends": _backends(device_types),
         "Backend of each operator for float32, with the present choice (PROFIT_BACKEND, set_backend)": _operators(device_types),
     }
+    if dispatch.wrong_setting() is not None:
+        sections["Settings that training refuses"] = [f"  {dispatch.wrong_setting()}"]
     return "\n\n".join("\n".join([title, *lines]) for title, lines in sections.items())
 
 

@@ -59,6 +59,20 @@ def write_atomic(path: str | Path, content: bytes | str, *, follow: bool = True)
         raise ProfitError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def read_text(path: Path, limit: int | None = None) -> str:
+    """The text of a regular file in UTF-8; a pipe, which might never end, is refused like a folder.
+
+    Raises:
+        OSError: as `open`, and for what is no regular file or longer than `limit` bytes. UnicodeDecodeError: another encoding.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(None, "it is a folder" if stat.S_ISDIR(status.st_mode) else "it is no regular file")
+    if limit is not None and status.st_size > limit:
+        raise OSError(None, f"it is longer than {limit:,} bytes")
+    return path.read_text(encoding="utf-8")
+
+
 def target(path: str | Path, follow: bool = True) -> Path:
     """The file that writing `path` replaces: the end of a link. Raises ProfitError for a folder, a device or a pipe."""
     path = Path(os.path.realpath(path)) if follow else Path(os.path.realpath(Path(path).parent), Path(path).name)
@@ -125,7 +139,7 @@ def _restrict(handle: int, path: Path) -> None:
 
 
 def open_to_append(path: Path) -> TextIO:
-    """Open a text file to write at its end, one that is made if it is missing.
+    """Open a text file to write at its end, one that is made if it is missing; what UTF-8 cannot hold is written as `\\udc80`.
 
     Raises:
         OSError: a link, which might lead anywhere; no regular file; or no right to write it.
@@ -135,7 +149,7 @@ def open_to_append(path: Path) -> TextIO:
         return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # a pipe without reader would wait for one
 
     try:
-        file = open(path, "a", encoding="utf-8", opener=opener)
+        file = open(path, "a", encoding="utf-8", errors="backslashreplace", opener=opener)
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, f"{path.name} is a link, which is not followed: remove it") from None

@@ -17,6 +17,8 @@ from .config import MAX_BITS, MIN_BITS, check_choice
 
 # A phase warms up over at most this share of its epochs; the published 3 of 15 epochs is exactly this share.
 MAX_WARMUP_SHARE = 0.2
+# A stage that freezes no further layer is pointless, and no mobile network has as many; a longer phase is a slip of the pen.
+MAX_STAGES, MAX_EPOCHS = 1000, 10**6
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class PhaseSchedule:
     then of `weight_bits` (at the last activation width): BN phase, training, BN phase. A weight width listed in
     `profit_bits` replaces the training by AIWQ sampling and `stages` stages with the top 0, 1/stages, 2/stages, ... of
     the ranked convolutions frozen. The closing BN phase of the whole schedule is called "final" and trains BatchNorm and
-    biases alone; in the other BN phases the quantizer intervals train too. A phase of 0 epochs is left out.
+    biases alone (with `final_train_intervals` the quantizer intervals too, as in all other BN phases). A phase of 0 epochs
+    is left out.
 
     Args:
         fp_epochs: full-precision fine-tuning before any quantization.
@@ -97,6 +100,8 @@ class PhaseSchedule:
             no BN phases, no sampling, nothing frozen.
         freeze: what a frozen layer stops training: "weights" (published) or "weights+intervals".
         resample: measure AIWQ afresh, with everything trainable, before every stage after the first. Adds epochs.
+        final_train_intervals: the intervals go on training in the closing BN phase, at `interval_lr_mult * lr`, as in the
+            published code (docs/maths.md, section 4).
 
     Raises:
         ValueError: bit widths out of 2..8, not descending or `profit_bits` not in `weight_bits`; lengths, stages, rates,
@@ -123,6 +128,7 @@ class PhaseSchedule:
     profit: bool = True
     freeze: str = "weights"
     resample: bool = False
+    final_train_intervals: bool = False
     position: int = field(default=0, init=False)
     phases: tuple[Phase, ...] = field(default=(), init=False, repr=False)
 
@@ -148,8 +154,8 @@ class PhaseSchedule:
         if unknown:
             raise ValueError(f"profit_bits {unknown} are not in weight_bits {self.weight_bits}")
         for name in ("fp_epochs", "bn_epochs", "train_epochs", "sample_epochs", "stage_epochs", "final_bn_epochs"):
-            check_whole(getattr(self, name), name, 0)
-        check_whole(self.stages, "stages", 1)
+            check_whole(getattr(self, name), name, 0, MAX_EPOCHS)
+        check_whole(self.stages, "stages", 1, MAX_STAGES)
         check_number(self.lr, "lr", above=0)
         if self.fp_lr is not None:
             check_number(self.fp_lr, "fp_lr", above=0)
@@ -157,7 +163,7 @@ class PhaseSchedule:
             check_number(getattr(self, name), name, 0)
         for name in ("warmup_factor", "min_lr_factor"):
             check_number(getattr(self, name), name, 0, 1)
-        for name in ("profit", "resample"):
+        for name in ("profit", "resample", "final_train_intervals"):
             check_flag(getattr(self, name), name)
         check_choice(self.freeze, ("weights", "weights+intervals"), "freeze")
 
@@ -192,7 +198,8 @@ class PhaseSchedule:
         else:
             phases.append(self._phase(f"{tag}.train", "train", self.train_epochs, bits))
         if last:
-            phases.append(self._phase(f"{tag}.final", "bn", self.final_bn_epochs, bits, train_intervals=False))
+            intervals = self.final_train_intervals
+            phases.append(self._phase(f"{tag}.final", "bn", self.final_bn_epochs, bits, train_intervals=intervals))
         else:
             phases.append(self._phase(f"{tag}.bn2", "bn", self.bn_epochs, bits))
         if not self.profit:
@@ -217,14 +224,14 @@ class PhaseSchedule:
 
     @classmethod
     def published(cls, name: str = "mobilenetv2", **changes: Any) -> PhaseSchedule:
-        """The recipe published for a network, with `changes` to single values.
+        """The recipe of the code published for a network, with `changes` to single values.
 
         Raises:
             ValueError: no recipe of that name is known.
         """
         if name != "mobilenetv2":
             raise ValueError(f"no published schedule called {name!r}; known: mobilenetv2")
-        return cls(**changes)
+        return cls(**{"final_train_intervals": True, **changes})
 
     @property
     def total_epochs(self) -> int:

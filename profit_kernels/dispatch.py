@@ -61,7 +61,19 @@ def _validated(name: str, ops: Iterable[str]) -> dict[str, str]:
     return dict.fromkeys(ops, name)
 
 
-_choice = _parse(os.environ.get("PROFIT_BACKEND", ""))
+# The "backend" of every operator where PROFIT_BACKEND names none: it serves nothing, and says why, at the first call.
+_UNKNOWN = "PROFIT_BACKEND"
+
+
+def _from_environment(setting: str) -> tuple[dict[str, str], str | None]:
+    """(the choice of PROFIT_BACKEND, what is wrong with it). An import must not fail: `profit doctor` is to tell."""
+    try:
+        return _parse(setting), None
+    except ValueError as error:
+        return dict.fromkeys(OPS, _UNKNOWN), f"PROFIT_BACKEND={setting!r}: {error}"
+
+
+_choice, _wrong = _from_environment(os.environ.get("PROFIT_BACKEND", ""))
 _logged: set[tuple[str, str, str]] = set()
 
 
@@ -127,12 +139,19 @@ def why_not(
     return limits.get(backend) if limits else None
 
 
+def wrong_setting() -> str | None:
+    """What is wrong with an environment variable that chooses kernels (PROFIT_BACKEND, PROFIT_CPU_ISA); None if nothing is."""
+    return (_wrong if _UNKNOWN in _choice.values() else None) or native.wrong_setting()
+
+
 def choose(op: str, x: Tensor, limits: Mapping[str, str | None] | None = None) -> str:
     """The backend for this call of `op`. Raises BackendError if the one asked for by name cannot serve it.
 
     `limits`: backend -> why its kernels cannot serve the other arguments of this call (a geometry, a second dtype), or None.
     """
     device_type, dtype, asked = x.device.type, x.dtype, _choice[op]
+    if asked == _UNKNOWN:
+        raise BackendError(str(_wrong))
     if asked != "auto":
         reason = why_not(op, asked, device_type, dtype, limits)
         if reason is not None:
@@ -148,6 +167,8 @@ def choose(op: str, x: Tensor, limits: Mapping[str, str | None] | None = None) -
                 _logged.add((op, device_type, backend))
                 log.info("%s on %s: backend %s", op, device_type, backend)
             return backend
+        if backend == "cpp" and missing(backend, device_type) is not None and native.wrong_setting() is not None:
+            raise BackendError(str(native.wrong_setting()))  # a slip of the pen must not choose the slow backend
     return "reference"
 
 
@@ -178,6 +199,9 @@ def plan(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[s
     rows = {}
     for op in OPS:
         asked = _choice[op]
+        if asked == _UNKNOWN:
+            rows[op] = "none: PROFIT_BACKEND names no backend"
+            continue
         candidates = (asked,) if asked != "auto" else PREFERENCE.get(device_type, ("reference",))
         able = [b for b in candidates if why_not(op, b, device_type, dtype) is None]
         rows[op] = able[0] if able else f"none: {asked} asked for, but {why_not(op, asked, device_type, dtype)}"

@@ -21,12 +21,18 @@ def _library() -> Path:
     return _FOLDER / "_cpu.abi3.so"
 
 
+def wrong_setting() -> str | None:
+    """What is wrong with PROFIT_CPU_ISA; None if nothing is."""
+    limit = os.environ.get("PROFIT_CPU_ISA", "")
+    return None if limit in ("", *_ISAS) else f"PROFIT_CPU_ISA={limit!r} is not one of {', '.join(_ISAS)}"
+
+
 @functools.cache
 def why_missing() -> str | None:
     """Why the compiled CPU kernels cannot be used, in one line; None if they can. Loads the library at the first call."""
     limit = os.environ.get("PROFIT_CPU_ISA", "")
-    if limit not in ("", *_ISAS):
-        return f"PROFIT_CPU_ISA={limit!r} is not one of {', '.join(_ISAS)}"
+    if wrong_setting() is not None:
+        return wrong_setting()
     if not _library().exists():
         reason = build_info()["reason"] or "the library file is gone"
         return f"the C++ kernels were not built: {reason}"

@@ -20,8 +20,8 @@ if not torch.cuda.is_available():
 # The operators, conversion and export need torch alone; training does not.
 HAS_TIMM = importlib.util.find_spec("timm") is not None
 collect_ignore = [] if HAS_TIMM else [
-    "profit/train", "profit/test_cli.py", "profit/test_data.py", "profit/test_hostile_images.py", "profit/test_models.py",
-    "test_examples.py", "test_zoo.py",
+    "profit/security", "profit/train", "profit/test_cli.py", "profit/test_data.py", "profit/test_hostile_images.py",
+    "profit/test_models.py", "test_examples.py", "test_zoo.py",
 ]  # fmt: skip
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import profit_kernels
 from profit.doctor import doctor
 from profit_kernels import dispatch, native
+from tests.distributions import copy_sources
 
 ROOT = Path(__file__).resolve().parents[1]
 # Optional, slow to load, or bound to a GPU: loaded by what needs them, not by the import.
@@ -93,13 +97,23 @@ def test_environment_limits_the_instruction_set():
     assert refused.returncode != 0 and "PROFIT_CPU_ISA='mmx' is not one of" in refused.stderr
 
 
+# A path of two parts or more, as __FILE__, an RPATH or a command would leave it; relative ones have no slash at the front.
+ABSOLUTE = re.compile(rb"(?<![\w.+/-])/[\w.+-]+/[\w.+/-]+")
+
+
+@pytest.mark.skipif(not native.available(), reason=native.why_missing() or "")
+@pytest.mark.parametrize("name", ["_cpu.abi3.so", "_build_info.json"])
+def test_what_was_built_names_no_folder_of_the_machine(name):
+    content = (Path(profit_kernels.__file__).parent / name).read_bytes()
+    assert ABSOLUTE.findall(b"include /usr/lib/x.h csrc/cpu/duq.cpp") == [b"/usr/lib/x.h"]
+    assert not ABSOLUTE.findall(content)
+    for text in (str(ROOT), sys.prefix, torch.__path__[0], str(Path.home()), socket.gethostname()):
+        assert len(text) < 5 or text.encode() not in content, text
+
+
 def test_setup_explains_a_missing_compiler(tmp_path):
     """Without a compiler the build ends well and leaves the reason behind."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, tmp_path)
-    for name in ("csrc", "profit", "profit_kernels"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("_cpu*", "_build_info.json", "__pycache__"))
+    copy_sources(tmp_path)
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     variables = {**os.environ, "CXX": "no-such-compiler"}
     result = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)

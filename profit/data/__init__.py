@@ -1,4 +1,4 @@
-"""Data sets: the embedded digits, image folders, and whatever timm's loader accepts."""
+"""Data sets: the embedded digits, image folders, tar files of webdataset and some sets of torchvision."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from profit.allowed import data_problem
 from profit.data.tensors import DataBundle, Loader, TensorLoader
 from profit.errors import DataError
 
@@ -23,13 +24,16 @@ def create_data(recipe: DataRecipe, *, seed: int = 0, device: torch.device | str
     """The loaders a recipe's `data` section describes.
 
     Args:
-        recipe: its `data` section; `name` is `digits`, `imagefolder`, `imagefolder:PATH` or a timm data set name.
+        recipe: its `data` section; `name` is `digits`, `imagefolder`, `imagefolder:PATH`, `wds/NAME` or one of `torch/*`.
         seed: of the order of the batches.
         device: where batches are delivered.
 
     Raises:
-        DataError: when the data cannot be found, opened or used.
+        DataError: when the data cannot be found, opened or used, or would have to be fetched or run (docs/security.md).
     """
+    wrong = data_problem(recipe)
+    if wrong:
+        raise DataError(wrong)
     values = asdict(recipe)
     if recipe.name == "digits":
         from profit.data.digits import digits_data
@@ -38,8 +42,6 @@ def create_data(recipe: DataRecipe, *, seed: int = 0, device: torch.device | str
     name, _, path = recipe.name.partition(":")
     if path and values["path"]:
         raise DataError("the data folder is given twice: in data.name and in data.path")
-    if name != "imagefolder" and "/" not in name:
-        raise DataError(f"unknown data.name {recipe.name!r}: digits, imagefolder:PATH, or a timm name as torch/cifar10")
     from profit.data.timm_data import timm_data
 
     for key in _NOT_TIMM:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +13,7 @@ from profit.data.inventory import numbered
 from profit.data.tensors import DataBundle, TensorLoader
 from profit.errors import DataError
 from profit.files import sha256_of_tensors
+from profit.memory import available_bytes
 
 
 def digits_data(
@@ -53,6 +55,16 @@ def digits_data(
     except ImportError as error:
         raise DataError("the digits need scikit-learn: pip install 'profit-kernels[train]'") from error
     raw = load_digits()
+    smallest = int(np.bincount(raw.target).min())
+    if folds > smallest:
+        raise DataError(f"data.folds must be at most {smallest}, the images of the rarest digit, got {folds}")
+    if shift >= image_size:
+        raise DataError(f"data.shift must be below data.image_size, which is {image_size}, got {shift}")
+    count, free = len(raw.images), available_bytes()
+    needed = 4 * image_size**2 * (count + 2 * min(count, limit or count))  # all, the fold, and a shuffled epoch of it
+    if free is not None and needed > free:
+        raise DataError(f"data.image_size={image_size}: the digits take {needed / 1e9:.1f} GB of memory, and "
+                        f"{free / 1e9:.1f} GB are free")  # fmt: skip
     images = torch.tensor(raw.images, dtype=torch.float32)[:, None] / 8.0 - 1.0  # grey levels are 0..16
     labels = torch.tensor(raw.target, dtype=torch.int64)
     if image_size != images.shape[-1]:

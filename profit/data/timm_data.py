@@ -1,10 +1,13 @@
-"""Image folders and every data set that timm's loader knows (`torch/cifar10`, `hfds/...`, `wds/...`), through timm itself."""
+"""Image folders, tar files (`wds/NAME`) and sets of torchvision (`torch/cifar10`, ...), through timm itself.
+
+What a recipe may name is decided in `profit.allowed` before anything comes here."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,11 +15,17 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
 from profit.data.inventory import class_names_of, inventory, numbered
+from profit.data.streams import check_info, check_shards
 from profit.data.tensors import DataBundle
-from profit.errors import DataError
+from profit.errors import DataError, MissingDataError
 
 if TYPE_CHECKING:
     from profit.data.folders import FolderImages
+
+# What readers raise for data that they cannot open or that are not theirs.
+_UNOPENABLE = (
+    RuntimeError, ValueError, AssertionError, LookupError, OSError, ImportError, TypeError, AttributeError, UnpicklingError,
+)  # fmt: skip
 
 
 class TimmLoader:
@@ -69,10 +78,10 @@ def timm_data(
     on_error: Literal["refuse", "skip"] = "refuse",
     device: torch.device | str = "cpu",
 ) -> DataBundle:
-    """Train and test loaders of an image folder (`name="imagefolder"`) or a timm data set name.
+    """Train and test loaders of an image folder (`name="imagefolder"`) or of a data set that timm opens.
 
     Args:
-        name: `imagefolder`, or a name timm's `create_dataset` understands.
+        name: `imagefolder`, or a name timm's `create_dataset` understands; not to be taken from a stranger unchecked.
         path: the root folder; an image folder holds `path/train_split/<class>/...` and `path/test_split/<class>/...`.
         classes: number of classes, needed only where the data set does not tell; it must be the folder's, where both are.
         on_error: "refuse" stops at an unreadable image of a folder, "skip" leaves it out of its batch and counts it.
@@ -163,7 +172,7 @@ def _folders(
         raise DataError("data.name is imagefolder but data.path is not set: give the folder that holds the splits")
     root = Path(path)
     if not root.is_dir():
-        raise DataError(f"data.path {path} is not a folder")
+        raise MissingDataError(f"data.path {path} is not a folder")
     for split in (train_split, test_split):
         if not (root / split).is_dir():
             there = ", ".join(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())) or "none"
@@ -181,21 +190,26 @@ def _named(
 ) -> Any:
     from timm.data import create_dataset
 
-    if path and not download and not Path(path).exists():
-        raise DataError(f"data.path {path} does not exist (data.download=true fetches {name} where timm can)")
+    if not path:
+        raise DataError(f"data.name is {name} but data.path is not set: give the folder of the data")
+    stream, root = name.startswith("wds/"), Path(path).absolute()
+    if not (root.is_dir() if root.exists() else download and not stream):
+        missing = "is not a folder" if root.exists() else "does not exist"
+        fetch = "" if stream else f" (-s data.download=true fetches {name} where torchvision can)"
+        kind = DataError if root.exists() else MissingDataError
+        raise kind(f"data.path {path} {missing}{fetch}")
+    if stream:
+        check_info(root)
     mode = {} if name.startswith("torch/") else {"input_img_mode": "L" if in_chans == 1 else "RGB"}
     try:
         dataset = create_dataset(
-            name, root=path, split=split, is_training=training, download=download, batch_size=batch_size, **mode
+            name, root=str(root), split=split, is_training=training, download=download, batch_size=batch_size, **mode
         )
-    except (RuntimeError, ValueError, AssertionError, KeyError, OSError, ImportError) as error:
+    except _UNOPENABLE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"timm cannot open the data set {name!r}, split {split!r}: {reason}") from error
-    # timm only logs what it cannot read of a stream
-    shards = getattr(getattr(getattr(dataset, "reader", None), "split_info", None), "filenames", ())
-    lost = [file for file in shards if path and Path(path).is_dir() and not (Path(path) / file).exists()]
-    if lost:
-        raise DataError(f"{path} lacks {len(lost)} of the {len(shards)} shards of split {split!r}, the first is {lost[0]}")
+    if stream:  # timm only logs what it cannot read of one
+        check_shards(root, dataset.reader.split_info.filenames, split)
     return dataset
 
 

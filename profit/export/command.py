@@ -71,8 +71,10 @@ def verify_run(
 
     if images is not None and images < 1:
         raise ExportError(f"--images {images}: at least one image is needed")
-    model, _ = _network(run, checkpoint)
+    if not (run / RECIPE).is_file():
+        raise CheckpointError(f"{run} is not a run folder: it has no {RECIPE}")
     recipe = load_recipe(run / RECIPE)
+    model, _ = _network(run, checkpoint)
     data = create_data(recipe.data, seed=recipe.run.seed)
     return verify(exported, model, data.test, images=images, trust=trust)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from ..checks import first_line
 from ..errors import ExportError
 from .compare import Codes
 from .onnx_operators import require
+
+# All that the exporter writes, and nothing that loops, or makes tensors of any size.
+OPERATORS = frozenset(
+    "Add AveragePool Clip Concat Conv DequantizeLinear Div Erf Gelu GlobalAveragePool HardSigmoid HardSwish Identity LeakyRelu "
+    "MatMul Max MaxPool Min Mul Pad Pow QuantizeLinear ReduceMean Relu Reshape Sigmoid Slice Softmax Sub Tanh Transpose".split()
+)
 
 
 def load_onnx(path: str | Path) -> Any:
@@ -32,10 +39,44 @@ def load_onnx(path: str | Path) -> Any:
         raise ExportError(f"there is no ONNX file {path}")
     try:
         proto = onnx.load_model_from_string(path.read_bytes())
+        wrong = _foreign(proto)
+        if wrong is not None:
+            raise ExportError(f"{path} was not written by profit export: {wrong}")
         onnx.checker.check_model(proto)
-    except (DecodeError, onnx.checker.ValidationError) as error:
+    except (DecodeError, onnx.checker.ValidationError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, ExportError):
+            raise
         raise ExportError(f"{path} is not a readable ONNX file: {first_line(error)}") from None
     return proto
+
+
+def _foreign(proto: Any) -> str | None:
+    """What no exported file holds: parts that open other files, loop without an end, or take memory without a bound."""
+    graph = proto.graph
+    if proto.functions or graph.sparse_initializer or proto.training_info:
+        return "it holds functions, sparse tensors or training"
+    for tensor in _tensors(proto):
+        if tensor.external_data or tensor.data_location:
+            return f"its tensor {tensor.name!r} lies in another file"
+    for node in graph.node:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in OPERATORS:
+            return f"its node {node.name!r} is a {node.domain or 'ONNX'} {node.op_type!r}"
+        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+            return f"its node {node.name!r} holds a graph"
+    if [value.name for value in graph.input] != ["input"] or [value.name for value in graph.output] != ["output"]:
+        return "its input and output are not 'input' and 'output'"
+    return None
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every TensorProto in a protobuf message, at any depth."""
+    if message.DESCRIPTOR.full_name == "onnx.TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in value if isinstance(value, Sequence) else [value]:
+                yield from _tensors(inner)
 
 
 def session(proto: Any, threads: int = 0, optimized: str | None = None, config: dict[str, str] | None = None) -> Any:
@@ -50,8 +91,6 @@ def session(proto: Any, threads: int = 0, optimized: str | None = None, config: 
         ExportError: onnxruntime is missing or refuses the model.
     """
     ort = require("onnxruntime")
-    from onnxruntime.capi import onnxruntime_pybind11_state as errors
-
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
@@ -59,16 +98,27 @@ def session(proto: Any, threads: int = 0, optimized: str | None = None, config: 
         options.optimized_model_filepath = optimized
     for key, value in (config or {}).items():
         options.add_session_config_entry(key, value)
-    refusals = (errors.Fail, errors.InvalidGraph, errors.InvalidArgument, errors.NotImplemented, errors.RuntimeException)
-    try:
+    with _refusals():
         return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except refusals as error:
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What onnxruntime raises for a model, as ExportError."""
+    ort = require("onnxruntime")
+    from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+    raised = (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception))
+    try:
+        yield
+    except (*raised, RuntimeError, TypeError, ValueError) as error:
         raise ExportError(f"onnxruntime {ort.__version__} refuses the model: {first_line(error)}") from None
 
 
 def run(running: Any, images: Tensor) -> Tensor:
-    """The output for float32 images."""
-    return torch.from_numpy(running.run(["output"], {"input": images.float().numpy()})[0])
+    """The output for float32 images. Raises ExportError where onnxruntime cannot compute it."""
+    with _refusals():
+        return torch.from_numpy(running.run(["output"], {"input": images.float().numpy()})[0])
 
 
 def executed(proto: Any) -> Counter[str]:
@@ -93,7 +143,7 @@ def with_given_codes(proto: Any, shapes: dict[str, tuple[int, ...]]) -> Any:
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     graph = copy.graph
-    readers = {node.input[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    readers = {node.input[0]: node for node in graph.node if node.op_type == "DequantizeLinear" and node.input}
     graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1), "given/one"))
     forced, seen = [], []
     for name, shape in shapes.items():
@@ -117,7 +167,8 @@ def codes_on(running: Any, images: Tensor, given: Codes) -> Codes:
     """Codes that a session of :func:`with_given_codes` computes, every layer on the given codes in front of it."""
     names = list(given)
     feeds = {f"{name}/given": value.float().numpy() for name, value in given.items()}
-    outputs = running.run([f"{name}/seen" for name in names], {"input": images.float().numpy(), **feeds})
+    with _refusals():
+        outputs = running.run([f"{name}/seen" for name in names], {"input": images.float().numpy(), **feeds})
     return {name: torch.from_numpy(value).round().to(torch.int32) for name, value in zip(names, outputs, strict=True)}
 
 

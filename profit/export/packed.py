@@ -37,6 +37,7 @@ from .trace import check_call, trace_network
 
 FORMAT, VERSION = "profit-packed", 1
 METADATA_KEY = "profit"
+_LONGEST_DESCRIPTION = 2**26  # a layer takes about half a kilobyte
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.int64, torch.int32, torch.uint8, torch.bool)}
 # What makes two converted models compute different things even with the same tensors and bit widths.
 _STRUCTURE = ("type", "quantizer", "kind", "offset", "activation", "fused_from", "weight_granularity", "pad_value")
@@ -204,7 +205,7 @@ def _read(path: str | Path) -> _Content:
         raise ExportError(f"{path} is not a readable .safetensors file (truncated?): {error}") from None
     try:
         head = json.loads(metadata.get(METADATA_KEY, "null"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ExportError(f"{path} is damaged: its metadata are not JSON") from None
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise ExportError(f"{path} is not a packed network: profit export RUN --format packed writes one")
@@ -216,13 +217,26 @@ def _read(path: str | Path) -> _Content:
     if head.get("sha256") != sha256_of_tensors(f"{FORMAT} {VERSION}", tensors):
         raise ExportError(f"{path} is damaged or was changed: its checksum does not match its content")
     try:
-        description = json.loads(zlib.decompress(tensors["description"].numpy()))
+        description = json.loads(_inflated(tensors["description"].numpy()))
         network = _network(description["network"], tensors)
         state = _state(description.get("state", []), tensors.get("state", torch.empty(0, dtype=torch.uint8)))
     # Its checksum is right: only a file made to deceive comes here.
-    except (KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
+    except (
+        ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError, zlib.error,
+    ) as error:  # fmt: skip
         raise ExportError(f"{path} does not describe a network: {' '.join(str(error).split())}") from None
     return _Content(network, description.get("quantization"), state)
+
+
+def _inflated(data: Any) -> bytes:
+    """The text of a description; a few kilobytes can be made to stand for gigabytes."""
+    inflate = zlib.decompressobj()
+    text = inflate.decompress(data, _LONGEST_DESCRIPTION)
+    if inflate.unconsumed_tail:
+        raise ValueError(f"its description is longer than {_LONGEST_DESCRIPTION:,} bytes")
+    if not inflate.eof:
+        raise ValueError("its description is cut off")
+    return text
 
 
 def _state(index: list[list[Any]], data: Tensor) -> dict[str, Tensor]:

@@ -145,7 +145,11 @@ class _Check(ABC):
         """Compare on one batch."""
         result = self.result
         outputs = {name: output.double().cpu() for name, output in self.outputs(images).items()}
+        shape = outputs[MODEL].shape
         for name, output in outputs.items():
+            if output.shape != shape:
+                raise ExportError(f"{self.path}: {name} gives {list(output.shape)} numbers, the model {list(shape)}: it was "
+                                  "not exported from this model")  # fmt: skip
             if labels is not None:
                 result.correct[name] = result.correct.get(name, 0) + int((output.argmax(1) == labels).sum())
         pairs = [(name, MODEL) for name in outputs if name != MODEL]
@@ -267,10 +271,19 @@ class _Program(_Check):
             raise ExportError("the model is not quantized: it has no quantized layer")
         try:
             self.program = torch.export.load(path).module()
-        except (RuntimeError, ValueError, KeyError, OSError, BadZipFile) as error:
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, OSError, BadZipFile) as error:
             raise ExportError(f"{path} is not a readable .pt2 file: {first_line(error)}") from None
         result.notes.append("a .pt2 file shows no codes: outputs and classes only")
 
     def outputs(self, images: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
-            return {MODEL: self.of_model(self.model, images)[0], PROGRAM: self.program(images)}
+            return {MODEL: self.of_model(self.model, images)[0], PROGRAM: self._of_program(images)}
+
+    def _of_program(self, images: Tensor) -> Tensor:
+        try:
+            output = self.program(images)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ExportError(f"{self.path} cannot be run on the run's images: {first_line(error)}") from None
+        if not isinstance(output, Tensor):
+            raise ExportError(f"{self.path} gives a {type(output).__name__}, not logits")
+        return output

@@ -7,17 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from profit.allowed import OWN_MODELS, model_problem
 from profit.errors import RecipeError
 
 __all__ = ["OWN_MODELS", "create_model"]
-
-OWN_MODELS = ("digits_mobilenetv3",)
-# What a recipe says elsewhere.
-_DECIDED = {
-    "num_classes": "the data decides it, or model.classes",
-    "in_chans": "data.in_chans decides it",
-    "pretrained": "model.pretrained decides it",
-}
 
 
 def create_model(
@@ -36,16 +29,16 @@ def create_model(
         classes: number of outputs.
         in_chans: channels of the image.
         pretrained: load timm's weights (downloads them on first use).
-        args: further keyword arguments of the model.
+        args: further keyword arguments of the model, of those that `profit.allowed` lists.
         setting: where the name stands in the recipe, for messages.
 
     Raises:
-        RecipeError: unknown name (with the nearest known ones) or arguments the model does not take.
+        RecipeError: unknown name (with the nearest known ones) or arguments the model does not take, or may not be given.
     """
     extra = dict(args or {})
-    for key, source in _DECIDED.items():
-        if key in extra:
-            raise RecipeError(f"model.args cannot hold {key}: {source}")
+    wrong = model_problem(name, extra, setting)
+    if wrong:
+        raise RecipeError(wrong)
     try:
         if name == "digits_mobilenetv3":
             from profit.models.digits_mobilenetv3 import DigitsMobileNetV3
@@ -55,10 +48,11 @@ def create_model(
             return DigitsMobileNetV3(num_classes=classes, in_chans=in_chans, **extra)
         import timm
 
-        if not timm.is_model(name):
+        tagged = "." in name  # a tag names the pretrained weights
+        if not timm.is_model(name) or (tagged and name not in timm.list_pretrained()):
             from difflib import get_close_matches
 
-            near = get_close_matches(name, [*OWN_MODELS, *timm.list_models()], n=3)
+            near = get_close_matches(name, timm.list_pretrained() if tagged else [*OWN_MODELS, *timm.list_models()], n=3)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
             raise RecipeError(f"{setting}: {name!r} is neither one of ours nor a timm model{hint}")
         return timm.create_model(name, pretrained=pretrained, num_classes=classes, in_chans=in_chans, **extra)

@@ -14,6 +14,7 @@ _HOMES = {
     "parse_recipe": "recipe_io",
     "recipe_dict": "recipe_io",
     "dump_recipe": "recipe_io",
+    "shipped_recipes": "shipped",
     "train": "trainer",
     "load_network": "network",
     "evaluate": "loop",

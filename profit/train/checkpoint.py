@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from profit.errors import CheckpointError, ProfitError
-from profit.files import clear_leftovers, sha256, sync_folder, write_atomic
+from profit.files import clear_leftovers, read_text, sha256, sync_folder, write_atomic
 
 FORMAT = "profit-checkpoint-1"
 _TENSOR, _ITEMS = "__tensor__", "__items__"
@@ -62,8 +62,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     base = path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
     json_path, tensor_path, new_path = _files(base)
+    for path in (json_path, tensor_path, new_path):
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"cannot read the checkpoint {base}: {path.name} is no regular file")
     try:
-        text = json_path.read_text(encoding="utf-8")
+        text = read_text(json_path)
         head = json.loads(text)
         contents = [path.read_bytes() for path in (tensor_path, new_path) if path.exists()]
     except FileNotFoundError as error:
@@ -84,7 +87,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{tensor_path} is damaged: its checksum does not match")
     try:
         return _decode(head["state"], load(data))
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{tensor_path} is damaged: {error}") from error
 
 

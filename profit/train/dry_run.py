@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,13 +12,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from profit.errors import DataError
+from profit.errors import MissingDataError, RecipeError
 from profit.freezing import ProgressiveFreezer
+from profit.models import OWN_MODELS
 from profit.optim import is_weighted_layer
+from profit.report.results import read_results
 from profit.schedule import Phase
 from profit.train.checkpoint import load_checkpoint
 from profit.train.loop import Objective, evaluate, train_epoch
 from profit.train.network import Architecture, build_network
+from profit.train.preflight import check_folder
 from profit.train.recipe import Recipe
 from profit.train.runs import CHECKPOINTS, RESULTS, device_for, newest_checkpoint, threads
 from profit.train.teacher import load_teacher
@@ -43,10 +45,11 @@ def dry_run(recipe: Recipe, folder: Path, images: int | None = None, throughput:
         plan = replace(_untrained(recipe), teacher=replace(recipe.teacher, source=None))
         with threads(recipe.run.threads), tempfile.TemporaryDirectory() as nowhere:
             trainer = Trainer(plan, Path(nowhere), resume=False, quiet=True)
+            check_folder(recipe, trainer.model, folder)
             trainer.teacher = load_teacher(recipe.teacher.source, trainer.architecture, trainer.device, pretrained=False)
             model = trainer.model
             seconds, how = _measured(trainer, recipe) if throughput is None else _computed(recipe, images, throughput)
-    except DataError as error:
+    except MissingDataError as error:
         model = _model_without_data(recipe)
         seconds, how = _computed(recipe, images, throughput)
         if seconds is None:
@@ -65,8 +68,14 @@ def _model_without_data(recipe: Recipe) -> nn.Module | None:
 
 
 def _untrained(recipe: Recipe) -> Recipe:
-    """Initial weights change nothing that is told here."""
-    return replace(recipe, model=replace(recipe.model, pretrained=False, init=None))
+    """Nothing is downloaded. Raises RecipeError where there is nothing to download."""
+    import timm
+
+    name = recipe.model.name
+    known = name in OWN_MODELS or timm.is_model(name)
+    if recipe.model.pretrained and known and (name in OWN_MODELS or not timm.models.is_model_pretrained(name)):
+        raise RecipeError(f"model.pretrained: there are no pretrained weights for {name}")
+    return replace(recipe, model=replace(recipe.model, pretrained=False))
 
 
 def _ranked(model: nn.Module) -> list[str]:
@@ -109,7 +118,7 @@ def _scores(folder: Path) -> dict[str, float] | None:
     if name:
         aiwq = load_checkpoint(folder / CHECKPOINTS / name)["aiwq"]
     elif (folder / RESULTS).is_file():
-        aiwq = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["aiwq"]
+        aiwq = read_results(folder)["aiwq"]
     else:
         return None
     return aiwq["scores"] if aiwq else None

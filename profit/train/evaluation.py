@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from profit.allowed import data_problem
 from profit.data import DataBundle, create_data
 from profit.data.inventory import numbered
 from profit.errors import CheckpointError, DataError, RecipeError
@@ -40,14 +41,19 @@ def evaluate_run(
     if not (folder / RECIPE).is_file():
         raise CheckpointError(f"{folder} is not a run folder: it has no {RECIPE}")
     overrides = list(overrides)
-    recipe = load_recipe(folder / RECIPE, overrides)
     for text in overrides:
-        if text.strip().partition(".")[0] not in ("data", "run"):
+        if "=" in text and text.strip().partition(".")[0] not in ("data", "run"):
             raise RecipeError(f"--set {text}: a test of {folder} takes data.* and run.*, the network is the run's own")
+    recipe = load_recipe(folder / RECIPE, overrides)
     if data is not None:
         is_folder = Path(data).is_dir()
+        if not data or (Path(data).exists() and not is_folder):
+            raise DataError(f"--data {data!r} is no folder: give a folder of images or the name of a data set")
         chosen = replace(recipe.data, name="imagefolder" if is_folder else data, path=data if is_folder else None)
         recipe = replace(recipe, data=chosen)
+    wrong = data_problem(recipe.data)
+    if wrong:
+        raise DataError(wrong)
     device = device_for(recipe)
     weights = resolve_weights(folder, checkpoint)
     model, architecture = load_network(weights, device)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from profit.allowed import FIRST_WEIGHTS
 from profit.data import DataBundle
 from profit.errors import CheckpointError, ConversionError, DataError, RecipeError
 from profit.files import sha256_of_tensors, write_atomic
@@ -20,12 +21,12 @@ from profit.quantize import quantize_
 from profit.state import apply_quantization_state_, quantization_state
 from profit.train.checkpoint import load_checkpoint
 from profit.train.recipe import Recipe
+from profit.train.trial import tried
 
 FORMAT, WITHOUT_CHECKSUM = "profit-model-2", "profit-model-1"  # the second is still read
 METADATA_KEY = "profit"
 LARGEST = 10**6
-# Arguments of timm's create_model that read or fetch other files: a weight file may not ask for that, and needs none.
-_OPENS_FILES = frozenset(("checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"))
+_COPIES = 4  # of the weights, in training: their gradients, momentum and average too
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def build_network(recipe: Recipe, architecture: Architecture, device: torch.devi
     Raises:
         ConversionError: a network without a convolution. CheckpointError: `model.init` does not fit.
     """
-    model = architecture.build(recipe.model.pretrained).to(device)
+    model = tried(architecture, recipe.model.pretrained, device, _COPIES)
     if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
         raise ConversionError(f"model.name: {architecture.name} has no convolution: there is nothing for PROFIT to rank")
     weights = read_weights(recipe.model.init) if recipe.model.init else None
@@ -271,11 +272,11 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     weights = read_weights(path)
     if weights.architecture is None or weights.quantization is None:
         raise CheckpointError(f"{path} holds plain weights and does not tell which network they are for")
-    args = {key: value for key, value in weights.architecture.args.items() if key not in _OPENS_FILES}
+    args = {key: value for key, value in weights.architecture.args.items() if key not in FIRST_WEIGHTS}
     try:
-        model = replace(weights.architecture, args=args).build()
+        model = tried(replace(weights.architecture, args=args), False, "cpu")
         apply_quantization_state_(model, weights.quantization)
-    except (RecipeError, CheckpointError) as error:
+    except (RecipeError, CheckpointError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: the network it is for cannot be built: {error}") from error
     load_weights(model, weights.state, path)
     return model.to(device).eval(), weights.architecture

@@ -17,8 +17,9 @@ from profit.files import sha256, sha256_of_file
 from profit.schedule import Phase
 from profit.train.network import weight_files
 from profit.train.recipe import Recipe
-from profit.train.recipe_io import first_difference, load_recipe, parse_recipe, recipe_dict
+from profit.train.recipe_io import first_difference, load_recipe, parse_recipe, stored_dict
 from profit.train.runs import RECIPE, TEACHER, newest_state, open_run, store_recipe, without_place
+from profit.train.snapshot import check_snapshot
 from profit.train.teacher import has_own_teacher
 
 _ACCEPTED = {"recipe": "the given recipe", "teacher": "this teacher", "data": "these data"}
@@ -39,7 +40,7 @@ def origin(recipe: Recipe, data: DataBundle, folder: Path) -> dict[str, Any]:
     Raises:
         ProfitError: the teacher's file cannot be read.
     """
-    values = without_place(recipe_dict(recipe))
+    values = without_place(stored_dict(recipe))
     return {
         "recipe": {"sha256": sha256(json.dumps(values, sort_keys=True).encode()), "values": values},
         "teacher": {"source": recipe.teacher.source, "sha256": teacher_digest(recipe.teacher.source, folder)},
@@ -78,6 +79,8 @@ def begin_run(
         if not finished:
             raise
         name, lines, state = None, [], {}
+    if state:
+        check_snapshot(state, folder)
     before, now = state.get("origin"), origin(recipe, data, folder)
     own = recipe.teacher.source == "self"
     if before and before["teacher"]["source"] == "self":
@@ -145,7 +148,7 @@ def recipe_change(
 ) -> str | None:
     """The first value in which the given recipe, or the one in the run folder, is not that of the run's beginning."""
     try:
-        stored = without_place(recipe_dict(load_recipe(folder / RECIPE)))
+        stored = without_place(stored_dict(load_recipe(folder / RECIPE)))
     except RecipeError as error:
         if "recipe" in accepted:
             return f"{RECIPE} is written anew: {error}"
@@ -161,7 +164,7 @@ def recipe_change(
 def _complete(values: Mapping[str, Any]) -> Mapping[str, Any]:
     """A recorded recipe with the values that were added to recipes later; itself where this version refuses it."""
     try:
-        return without_place(recipe_dict(parse_recipe(values)))
+        return without_place(stored_dict(parse_recipe(values)))
     except RecipeError:
         return values
 

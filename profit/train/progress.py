@@ -41,8 +41,11 @@ class Progress:
         self, folder: Path, *, quiet: bool, tensorboard: bool, first_epoch: int = 0, stream: TextIO | None = None
     ) -> None:
         self.quiet, self.stream = quiet, stream or sys.stdout
+        log = folder / "log.txt"
+        if log.exists() and not log.is_file():
+            raise ProfitError(f"cannot write {log}: it is {'a folder' if log.is_dir() else 'no regular file'}")
         try:
-            self._log = open_to_append(folder / "log.txt")
+            self._log = open_to_append(log)
         except OSError as error:
             raise ProfitError(f"cannot write the output folder {folder}: {error.strerror or error}") from None
         self._bar: Any = None
@@ -69,7 +72,7 @@ class Progress:
         from rich.progress import Progress as RichProgress
 
         self._bar = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]:.4f}  acc {task.fields[accuracy]}  {task.fields[rate]:.0f} img/s"),

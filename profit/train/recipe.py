@@ -18,12 +18,12 @@ class ModelRecipe:
 
     Attributes:
         name: `digits_mobilenetv3` or a timm model name.
-        pretrained: start from timm's weights.
+        pretrained: start from timm's weights, which are fetched on first use.
         init: a .safetensors file to start from: a model.safetensors of a run, or plain weights of this architecture.
         init_allow: names or shell patterns (`classifier.*`) of tensors that `init` may lack, have in addition or hold in
             another shape; the network keeps its own there.
         classes: number of outputs; None takes the data's, another number than the data's is refused.
-        args: further keyword arguments of the model.
+        args: further keyword arguments of the model; `profit.allowed` lists them.
     """
 
     name: str = "digits_mobilenetv3"
@@ -39,8 +39,9 @@ class DataRecipe:
     """Which images. `fold`, `folds` and `shift` concern the digits only; the values after `limit` concern timm's only.
 
     Attributes:
-        name: `digits`, `imagefolder`, `imagefolder:PATH`, or a timm data set name such as `torch/cifar10`.
-        path: folder of the data.
+        name: `digits`, `imagefolder`, `imagefolder:PATH`, `wds/NAME` (tar files in `path`), or one of torchvision's sets
+            `torch/cifar10`, `cifar100`, `fashion_mnist`, `kmnist`, `mnist`, `places365`, `qmnist`.
+        path: folder of the data, a plain local path.
         image_size: side of the square image.
         batch_size: images per optimizer step, over all processes and accumulated micro-batches together.
         eval_batch_size: images per test batch of a process.

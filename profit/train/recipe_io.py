@@ -9,32 +9,33 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from profit.allowed import recipe_problem
 from profit.config import DuQConfig
 from profit.errors import RecipeError
-from profit.train.limits import problem
+from profit.files import read_text
+from profit.train.limits import plain_problem, problem
 from profit.train.recipe import Recipe
+from profit.train.shipped import find_recipe
 
 # The schedule sets the bit widths phase by phase; a second place to write them would contradict it.
 _HIDDEN = {DuQConfig: ("weight_bits", "act_bits")}
+_LARGEST = 10**6  # bytes; a recipe has a few thousand
 _TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a YAML recipe; `overrides` are `section.key=value` texts whose values are YAML too.
 
-    A run folder in place of a file stands for the recipe stored in it.
+    A run folder in place of a file stands for the recipe stored in it, the name of a recipe that comes with the package
+    (`digits_w4a4`) for that one; a file or run folder of the same name wins.
 
     Raises:
-        RecipeError: unreadable file, not YAML, a key that stands twice, an unknown key (with the nearest known one), a wrong
-            type or value.
+        RecipeError: no such recipe, unreadable file, not YAML, a key that stands twice, an unknown key (with the nearest known
+            one), a wrong type or value, or a text that could make a library fetch or run something (docs/security.md).
     """
-    path = Path(path)
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        path = path / "recipe.yaml"
+    path = find_recipe(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}") from None
+        text = read_text(path, _LARGEST)
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -44,6 +45,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         values = {}
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, this is {_describe(values)}")
+    data = values.get("data")
+    if isinstance(data, Mapping) and data.get("download") not in (None, False):
+        raise RecipeError(f"{path}: data.download is not for a file, which anybody may have written: take it out there, and "
+                          "ask for the download with -s data.download=true")  # fmt: skip
     return parse_recipe(apply_overrides(values, overrides))
 
 
@@ -81,6 +86,12 @@ def _yaml(text: str, where: str) -> Any:
                 raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: a recipe has no aliases; write it out")
             return super().compose_node(parent, index)
 
+        def compose_scalar_node(self, anchor: Any) -> Any:
+            node = super().compose_scalar_node(anchor)
+            if any("\ud800" <= character <= "\udfff" or character == "\0" for character in node.value):
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: {node.value!r} is no text that a file could hold")
+            return node
+
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen = set()
             for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -99,7 +110,8 @@ def _yaml(text: str, where: str) -> Any:
         raise RecipeError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise RecipeError(f"{where} is nested too deeply") from None
-    except ValueError as error:  # a date, or a number of thousands of digits
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+        # a date, a number of thousands of digits, or a tag (!!bool x) on what is nothing of the kind
         raise RecipeError(f"{where} holds a value that cannot be read: {error}") from None
 
 
@@ -109,7 +121,11 @@ def parse_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises:
         RecipeError: see `load_recipe`.
     """
-    return _section(Recipe, values, "")
+    recipe = _section(Recipe, values, "")
+    wrong = plain_problem(values, "") or recipe_problem(recipe)
+    if wrong:
+        raise RecipeError(wrong)
+    return recipe
 
 
 def recipe_dict(recipe: Any) -> dict[str, Any]:
@@ -127,11 +143,18 @@ def recipe_dict(recipe: Any) -> dict[str, Any]:
     return result
 
 
+def stored_dict(recipe: Recipe) -> dict[str, Any]:
+    """`recipe_dict` as a file keeps it: a download is asked for anew each time."""
+    values = recipe_dict(recipe)
+    values["data"]["download"] = False
+    return values
+
+
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `load_recipe` reads back."""
+    """The resolved recipe as YAML that `load_recipe` reads back, without the wish for a download."""
     import yaml
 
-    return yaml.safe_dump(recipe_dict(recipe), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(stored_dict(recipe), sort_keys=False, allow_unicode=True)
 
 
 def first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> str | None:
@@ -242,7 +265,7 @@ def _number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

@@ -22,7 +22,7 @@ from profit.report.collect import collect_layers, model_sizes, weight_histograms
 from profit.schedule import Phase, PhaseSchedule
 from profit.train.network import Architecture
 from profit.train.recipe import Recipe
-from profit.train.recipe_io import recipe_dict
+from profit.train.recipe_io import stored_dict
 
 SCHEMA = 1
 
@@ -88,7 +88,7 @@ def assemble(
         "run": dict(run),
         "model": describe_model(model, architecture),
         "data": describe_data(recipe, data),
-        "recipe": recipe_dict(recipe),
+        "recipe": stored_dict(recipe),
         "phases": phases,
         "layers": collect_layers(model, scores, dict(frozen_stage)),
         "weights": weight_histograms(model),
@@ -151,9 +151,6 @@ def to_json(results: Mapping[str, Any]) -> str:
     return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What `to_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _command() -> str:

@@ -29,9 +29,11 @@ from profit.train.checkpoint import checkpoints, load_checkpoint
 from profit.train.recipe import Recipe
 from profit.train.recipe_io import dump_recipe
 
-RECIPE, RESULTS, MODEL, TEACHER, CHECKPOINTS = (
-    "recipe.yaml", "results.json", "model.safetensors", "teacher.safetensors", "checkpoints",
+RECIPE, RESULTS, MODEL, TEACHER, CHECKPOINTS, CURVES = (
+    "recipe.yaml", "results.json", "model.safetensors", "teacher.safetensors", "checkpoints", "tensorboard",
 )  # fmt: skip
+
+_WRITTEN = (RECIPE, RESULTS, MODEL, TEACHER, CHECKPOINTS, CURVES, "log.txt")
 
 # How and where it trains is not what is trained: these may change when a run is carried on.
 _PLACE = ("device", "tensorboard", "keep_checkpoints", "timeout_s", "find_unused_parameters")
@@ -41,8 +43,10 @@ def open_run(folder: Path, recipe: Recipe, resume: bool) -> bool:
     """Make a run folder, or check that an existing one may be carried on. Returns whether the run is finished already.
 
     Raises:
-        ProfitError: the folder cannot be made or written, holds a run and `resume` is not set, or holds other files.
+        ProfitError: the folder cannot be made or written, holds a run and `resume` is not set, or holds other files or a link
+            that leads out of it.
     """
+    _refuse_links(folder)
     stored = folder / RECIPE
     if stored.is_file() and is_begun(folder):
         finished = (folder / MODEL).is_file()
@@ -102,6 +106,22 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raise ProfitError for a link that would have files written, or removed, elsewhere: the folder may be anybody's."""
+    if not folder.is_dir():
+        return
+    try:
+        entries = [entry for entry in folder.iterdir() if entry.name in _WRITTEN or entry.name.startswith(".")]
+        entries += [entry for name in (CHECKPOINTS, CURVES) if (folder / name).is_dir() for entry in (folder / name).iterdir()]
+    except OSError as error:
+        raise ProfitError(f"cannot read the run folder {folder}: {error.strerror or error}") from None
+    inside = os.path.realpath(folder)
+    for entry in entries:
+        if entry.is_symlink() and not os.path.realpath(entry).startswith(inside + os.sep):
+            raise ProfitError(f"{entry} is a link that leads out of the run folder: put the file itself there, or start "
+                              "another run with --out")  # fmt: skip
 
 
 def is_begun(folder: Path) -> bool:

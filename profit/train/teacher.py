@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from profit.allowed import teacher_name_problem, teacher_problem
 from profit.errors import CheckpointError, RecipeError
 from profit.models import create_model
 from profit.quantize import set_bits
@@ -30,6 +31,9 @@ def load_teacher(
     """
     if source in (None, "self"):
         return None
+    wrong = teacher_problem(source)
+    if wrong:
+        raise RecipeError(wrong)
     if Path(source).exists():
         teacher, theirs = load_network(source)
         if (theirs.classes, theirs.in_chans) != (architecture.classes, architecture.in_chans):
@@ -46,17 +50,24 @@ def load_teacher(
 
 def _pretrained(source: str, architecture: Architecture, pretrained: bool) -> nn.Module:
     """A network of torchvision (`torchvision/NAME`) or timm, with the classifier its weights were trained with."""
-    library, slash, name = source.rpartition("/")
+    library, _, name = source.rpartition("/")
+    wrong = teacher_name_problem(source)
+    if wrong:
+        raise RecipeError(wrong)
     try:
         if library == "torchvision":
+            from torchvision import models
             from torchvision.models import get_model
 
+            # networks for other tasks fetch the weights of their backbone even where none are asked for
+            if name not in models.list_models(module=models):
+                raise RecipeError(f"teacher.source: torchvision has no network {name!r} for classification")
             teacher = get_model(name, weights="DEFAULT" if pretrained else None)
             classes = 1000
         else:
             import timm
 
-            if not timm.is_model(source):
+            if not timm.is_model(source) or ("." in source and source not in timm.list_pretrained()):
                 # the message with the nearest names is that of the student's model
                 create_model(
                     source, classes=architecture.classes, in_chans=architecture.in_chans, setting="teacher.source"

@@ -29,6 +29,7 @@ from profit.freezing import ProgressiveFreezer, freeze_all, release_all
 from profit.nn.baselines import pact_penalty
 from profit.optim import param_groups, quantizer_parameters, quantizers
 from profit.quantize import set_bits
+from profit.report.results import read_finished
 from profit.schedule import Phase
 from profit.train import results as reporting
 from profit.train.checkpoint import load_checkpoint, prune, save_checkpoint, seed_everything
@@ -36,6 +37,7 @@ from profit.train.ema import ModelEma
 from profit.train.loop import Objective, evaluate, train_epoch
 from profit.train.network import architecture_for, build_network, load_weights, network_state, save_network
 from profit.train.origin import begin_run, check_kinds, teacher_digest
+from profit.train.preflight import check_folder, check_memory, check_stages, check_steps
 from profit.train.processes import distributed_model, process_group
 from profit.train.progress import NoProgress, Progress, caught_warnings
 from profit.train.recipe import Recipe
@@ -95,6 +97,9 @@ class Trainer:
             unfuse_(self.model)  # a convolution in whose place BatchNorm is applied sees this process's batch alone
             self.model = sync_batchnorm(self.model)
         self.trained = self.model  # what a training step calls: the model, compiled and wrapped as the phase needs it
+        check_stages(recipe, self.model)
+        check_steps(recipe, len(self.data.train))
+        check_memory(recipe, self.model, self.architecture, self.data.train_images, self.world)
         self.teacher = load_teacher(recipe.teacher.source, self.architecture, self.device)
         # ---
         self.phase_index = 0  # the phase to carry on with,
@@ -116,6 +121,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """All phases that are left, then the final files. Process 0 alone writes to the folder; the others do as it found."""
+        from_first(lambda: check_folder(self.recipe, self.model, self.folder))
         with ExitStack() as stack:
             from_first(lambda: stack.enter_context(locked(self.folder)))
             return self._run()
@@ -125,7 +131,7 @@ class Trainer:
             lambda: begin_run(self.folder, self.recipe, self.data, self.resume, self.accept_changed)
         )
         if finished:
-            return reporting.read(self.folder / RESULTS)
+            return read_finished(self.folder)
         state = load_checkpoint(self.folder / CHECKPOINTS / name) if name else None
         if state is not None:
             restore(self, state)
@@ -333,7 +339,7 @@ class Trainer:
         return content
 
     def _finish(self) -> dict[str, Any]:
-        """The last files; model.safetensors comes last, because it marks a finished run."""
+        """The last files; model.safetensors marks a finished run, whose report can be made at any time."""
         from profit.report import write_report
 
         last = self.schedule.phases[-1]
@@ -342,8 +348,8 @@ class Trainer:
         content = self._write_results()
         if self.rank:
             return content
-        write_report(self.folder)
         save_network(self.folder / MODEL, self.model, self.architecture, content["final"])
+        write_report(self.folder)  # after all that cannot be made again
         return content
 
     def _save_checkpoint(self) -> None:

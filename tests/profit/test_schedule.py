@@ -33,7 +33,7 @@ PUBLISHED = [
     ("w4.stage0", 4, 4, 15, 0, True, True),
     ("w4.stage1", 4, 4, 15, 1 / 3, True, True),
     ("w4.stage2", 4, 4, 15, 2 / 3, True, True),
-    ("w4.final", 4, 4, 5, 1, False, False),
+    ("w4.final", 4, 4, 5, 1, False, True),
 ]
 
 
@@ -155,6 +155,20 @@ def test_iteration_resumes_where_it_broke_off():
         PhaseSchedule(final_bn_epochs=0).load_state_dict(saved)
     with pytest.raises(ValueError, match="99"):
         resumed.load_state_dict(saved | {"position": 99})
+
+
+def test_the_final_phase_trains_the_intervals_only_where_asked():
+    """As published: at a hundredth of the rate, so from 5e-5 on."""
+    asked, plain = PhaseSchedule(final_train_intervals=True), PhaseSchedule()
+    assert asked == PhaseSchedule.published() and plain == PhaseSchedule.published(final_train_intervals=False)
+    assert asked.phases[:-1] == plain.phases[:-1]
+    assert (asked[-1].train_intervals, plain[-1].train_intervals) == (True, False)
+    assert not asked[-1].train_weights and asked[-1].lr_at(0) * asked[-1].interval_lr_mult == pytest.approx(5e-5)
+    rows = [schedule.table().splitlines()[-2].split() for schedule in (asked, plain)]
+    assert rows[0] == ["w4.final", "bn", "W4A4", "5", "1", "a,c+bn", "0.005", "0.005", "5e-06", "5e-05"]
+    assert rows[1] == ["w4.final", "bn", "W4A4", "5", "1", "bn", "0.005", "0.005", "5e-06", "-"]
+    with pytest.raises(ValueError, match="final_train_intervals"):
+        PhaseSchedule(final_train_intervals=1)
 
 
 def test_table():

@@ -10,6 +10,7 @@ import torch
 
 from profit.cli import main
 from profit.errors import RecipeError
+from profit.schedule import PhaseSchedule
 from profit.train import load_recipe, train
 from profit.train.network import Architecture
 from profit.train.teacher import load_teacher
@@ -58,6 +59,8 @@ def test_without_data_the_time_is_computed_or_said_to_be_unknown(capsys) -> None
     assert "time: not estimated, because data.path /no/such/folder is not a folder" in text
     frozen = dict(re.findall(r"^(w4\.stage\d|w4\.final) .* (\d+ of \d+|0)$", text, re.MULTILINE))
     assert frozen == {"w4.stage0": "0", "w4.stage1": "17 of 52", "w4.stage2": "34 of 52", "w4.final": "53 of 53"}
+    final = next(line.split() for line in text.splitlines() if line.startswith("w4.final"))
+    assert final[5] == "a,c+bn" and final[9] == "5e-05", "as in the published code"
     assert main([*command, "--images", "1000", "--throughput", "20"]) == 0
     text = capsys.readouterr().out
     assert "computed, not measured: 1000 images per epoch at the given 20 images/s" in text
@@ -68,6 +71,7 @@ def test_without_data_the_time_is_computed_or_said_to_be_unknown(capsys) -> None
 def test_the_published_learning_rates_and_phases() -> None:
     recipe = load_recipe(RECIPES / "imagenet_mobilenetv2_w4a4.yaml")
     by_name = {phase.name: phase for phase in recipe.schedule.phases}
+    assert recipe.schedule == PhaseSchedule.published()
     assert [phase.epochs for phase in recipe.schedule.phases] == [15, *[5, 15, 5] * 5, 5, 5, 15, 15, 15, 5]
     stage, bn, sample = by_name["w4.stage1"], by_name["w8.bn"], by_name["w4.sample"]
     assert [stage.lr_at(e) for e in (0, 3, 15)] == pytest.approx([0.0005, 0.005, 5e-6])
@@ -80,6 +84,7 @@ def test_the_published_learning_rates_and_phases() -> None:
 @pytest.mark.parametrize("name", IMAGENET)
 def test_imagenet_recipes_say_what_they_are(name: str) -> None:
     text, recipe = (RECIPES / name).read_text(), load_recipe(RECIPES / name)
+    assert recipe.schedule.final_train_intervals, "all of them take the published phases"
     published = name == "imagenet_mobilenetv2_w4a4.yaml"
     assert ("on ImageNet as published" in text) == published and ("ADAPTED" in text) == (not published)
     assert recipe.schedule.total_epochs == (200 if name.endswith("w4a4.yaml") else 250)

@@ -11,13 +11,13 @@ import torch
 import yaml
 from PIL import Image
 
-import profit.train.network
+import profit.train.trainer as trainer
 from profit.cli import main
 from profit.data import create_data
 from profit.data.inventory import inventory
 from profit.distributed import from_first
 from profit.errors import CheckpointError, RecipeError
-from profit.train import load_checkpoint, load_network, save_checkpoint, train
+from profit.train import load_checkpoint, load_network, load_recipe, save_checkpoint, train
 from profit.train.origin import data_change
 from profit.train.recipe import DataRecipe
 from profit.train.teacher import own_teacher
@@ -39,7 +39,8 @@ def image_folder(root: Path) -> Path:
         for label, name in enumerate(("cat", "cow")):
             (root / split / name).mkdir(parents=True)
             for number in range(count):
-                Image.new("RGB", (16, 16 + 40 * label), (200 * label, 20 * number, 50)).save(root / split / name / f"{number}.png")
+                image = Image.new("RGB", (16, 16 + 40 * label), (200 * label, 20 * number, 50))
+                image.save(root / split / name / f"{number}.png")
     return root
 
 
@@ -311,18 +312,47 @@ def test_a_process_that_died_before_it_had_written_its_recipe_does_not_bar_the_f
 
 
 def test_links_that_were_planted_in_the_run_folder_are_not_followed(work, tmp_path, capsys) -> None:
-    victims = {name: tmp_path / name for name in ("results.json", "model.safetensors", "log.txt")}
+    victims = {name: tmp_path / name for name in ("results.json", "checkpoints/best.json", "log.txt")}
+    (tmp_path / "checkpoints").mkdir()
     for name, victim in victims.items():
         victim.write_text("mine")
         (work / "run" / name).unlink(missing_ok=True)
         (work / "run" / name).symlink_to(victim)
-    (work / "run/model.safetensors").unlink()
-    assert resume(work) == 2
-    assert "log.txt is a link, which is not followed: remove it" in capsys.readouterr().err
-    (work / "run/log.txt").unlink()
-    assert resume(work) == 0
+        assert resume(work) == 2
+        assert f"{work / 'run' / name} is a link that leads out of the run folder" in capsys.readouterr().err
+        (work / "run" / name).unlink()
+    with pytest.MonkeyPatch.context() as patch:  # planted while the run goes on
+        save = trainer.save_checkpoint
+        patch.setattr(trainer, "save_checkpoint", lambda path, state: (plant(), save(path, state)))
+
+        def plant() -> None:
+            for name in ("results.json", "checkpoints/best.json", "checkpoints/.best.safetensors.new"):
+                if not (work / "run" / name).is_symlink():
+                    (work / "run" / name).unlink(missing_ok=True)
+                    (work / "run" / name).symlink_to(tmp_path / "results.json")
+
+        assert resume(work) == 0
     assert all(victim.read_text() == "mine" for victim in victims.values())
     assert not (work / "run/results.json").is_symlink()
+
+
+PLACES = [("recipe",), ("recipe", "values"), ("data", "class_names"), ("data", "train"), ("data", "test", "images")]
+
+
+@pytest.mark.parametrize(("keys", "value"), [
+    *((keys, value) for keys in PLACES for value in (5, [1], None)), *((keys, 5) for keys in ((), ("teacher", "sha256"))),
+])  # fmt: skip
+def test_a_record_made_to_deceive_is_one_line(work, capsys, keys, value) -> None:
+    base = sorted((work / "run/checkpoints").glob("epoch-*.json"))[-1].with_suffix("")
+    state = load_checkpoint(base)
+    place, names = state, ("origin", *keys)
+    for key in names[:-1]:
+        place = place[key]
+    place[names[-1]] = value
+    save_checkpoint(base, state)
+    assert resume(work) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and ("damaged: origin is of another type" in error or "test: 8 images, " in error), error
 
 
 def test_class_names_are_kept(work, capsys) -> None:
@@ -410,7 +440,7 @@ def test_an_error_of_process_0_in_one_process() -> None:
 
 
 def test_the_function_accepts_the_same_words(work) -> None:
-    recipe = profit.train.load_recipe(work / "tiny.yaml")
+    recipe = load_recipe(work / "tiny.yaml")
     remove_image(work)
     with pytest.raises(CheckpointError, match="train: 15 images, 16 when the run was begun"):
         train(recipe, work / "run", resume=True, quiet=True)

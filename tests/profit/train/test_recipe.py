@@ -27,6 +27,12 @@ def test_what_is_not_given_keeps_its_default() -> None:
     assert parse_recipe({}) == parse_recipe({"model": None}) == Recipe()
 
 
+def test_a_recipe_from_before_the_final_phase_had_a_choice_keeps_its_meaning() -> None:
+    values = recipe_dict(Recipe())
+    del values["schedule"]["final_train_intervals"]
+    assert parse_recipe(values) == Recipe() and not Recipe().schedule.final_train_intervals
+
+
 def test_overrides_change_single_values(tmp_path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("schedule: {lr: 0.5}\n")

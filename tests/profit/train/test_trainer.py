@@ -93,7 +93,9 @@ def test_the_saved_network_is_quantized_and_gives_the_reported_accuracy(run) -> 
     assert last["accuracy"] == result["accuracy"]
 
 
-def test_final_batchnorm_phase_leaves_weights_and_intervals_alone(tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def states(monkeypatch) -> dict[str, dict]:
+    """The network at the end of every phase that is trained."""
     states: dict[str, dict] = {}
     leave = Trainer._leave_phase
 
@@ -102,28 +104,43 @@ def test_final_batchnorm_phase_leaves_weights_and_intervals_alone(tmp_path, monk
         leave(self, phase, label)
 
     monkeypatch.setattr(Trainer, "_leave_phase", record)
+    return states
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    """The kinds of values that a phase changed."""
+    parts = {"a": "interval", "c": "interval", "running_mean": "statistics", "running_var": "statistics"}
+    parts |= {"num_batches_tracked": "statistics", "calibrated": "flag", "initialized": "flag"}
+    found = set()
+    for key, value in after.items():
+        if not torch.equal(value, before[key]):
+            owner, _, leaf = key.rpartition(".")
+            is_norm = f"{owner}.running_mean" in after
+            found.add(parts.get(leaf, "norm_bias" if is_norm or leaf == "bias" else "weight"))
+    return found
+
+
+def test_final_batchnorm_phase_leaves_weights_and_intervals_alone(tmp_path, states) -> None:
     train(tiny_recipe(), tmp_path / "run", quiet=True)
-
-    def changed(before: str, after: str) -> set[str]:
-        parts = {"a": "interval", "c": "interval", "running_mean": "statistics", "running_var": "statistics"}
-        parts |= {"num_batches_tracked": "statistics", "calibrated": "flag", "initialized": "flag"}
-        found = set()
-        for key, value in states[after].items():
-            if not torch.equal(value, states[before][key]):
-                owner, _, leaf = key.rpartition(".")
-                is_norm = f"{owner}.running_mean" in states[after]
-                found.add(parts.get(leaf, "norm_bias" if is_norm or leaf == "bias" else "weight"))
-        return found
-
-    assert changed("w4.stage2", "w4.final") == {"norm_bias", "statistics"}
-    assert changed("w4.stage0", "w4.stage1") == {"norm_bias", "statistics", "interval", "weight"}
-    assert changed("w5.train", "w5.bn2") == {"norm_bias", "statistics", "interval"}
+    assert changed(states["w4.stage2"], states["w4.final"]) == {"norm_bias", "statistics"}
+    assert changed(states["w4.stage0"], states["w4.stage1"]) == {"norm_bias", "statistics", "interval", "weight"}
+    assert changed(states["w5.train"], states["w5.bn2"]) == {"norm_bias", "statistics", "interval"}
     frozen = states["w4.stage1"], states["w4.stage2"]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     stage2 = next(phase for phase in results["phases"] if phase["name"] == "w4.stage2")
     for name in stage2["frozen_layers"]:
         assert torch.equal(frozen[0][f"{name}.weight"], frozen[1][f"{name}.weight"])
     assert not torch.equal(frozen[0]["classifier.weight"], frozen[1]["classifier.weight"])
+
+
+def test_the_final_phase_trains_the_intervals_too_where_asked(tmp_path, states) -> None:
+    short = ("schedule.fp_epochs=1", "schedule.weight_bits=[4]", "schedule.train_epochs=1", "schedule.stage_epochs=1")
+    recipe = tiny_recipe(*short, "schedule.final_train_intervals=true", "schedule.interval_lr_mult=1.0")
+    train(recipe, tmp_path / "run", quiet=True)
+    before, after = states["w4.stage2"], states["w4.final"]
+    assert changed(before, after) == {"norm_bias", "statistics", "interval"}
+    for name in ("conv_stem.weight_quantizer.a", "conv_stem.weight_quantizer.c", "classifier.weight_quantizer.c"):
+        assert not torch.equal(before[name], after[name]), name
 
 
 def test_average_of_weights_can_be_the_result(tmp_path) -> None:
