@@ -90,6 +90,10 @@ def train(
     throughput: Annotated[
         float | None, typer.Option(min=1e-9, max=1e12, help="With --dry-run: images per second, not measured.")
     ] = None,
+    accept_changed: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WHAT", help="With --resume: recipe, teacher or data may have changed; may be repeated."),
+    ] = None,
     tune_allocator: Annotated[
         bool, typer.Option("--tune-allocator", help="Keep freed memory for the next step (glibc): faster on the CPU, larger.")
     ] = False,
@@ -138,7 +142,7 @@ def train(
     with process_group(loaded.run.timeout_s):
         if tune_allocator:
             _tune_allocator(say=rank() == 0)
-        results = run_training(loaded, folder, resume=resume, quiet=quiet)
+        results = run_training(loaded, folder, resume=resume, quiet=quiet, accept_changed=accept_changed or ())
         if rank():
             return  # process 0 tells the results
     if finished:

@@ -7,11 +7,15 @@ collective: every process must call them, in the same order.
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from profit.errors import ProfitError
 
 
 def world_size() -> int:
@@ -55,6 +59,20 @@ def agree(value: Any) -> Any:
         text = torch.empty(int(length), dtype=torch.uint8, device=place)
     dist.broadcast(text, 0)
     return json.loads(bytes(text.tolist()))
+
+
+def from_first(call: Callable[[], Any]) -> Any:
+    """What `call` returns in process 0 (plain JSON values), everywhere; a ProfitError raised there is raised everywhere."""
+    found = failed = None
+    if rank() == 0:
+        try:
+            found = call()
+        except ProfitError as error:
+            failed = error
+    kind, message = agree([type(failed).__name__, str(failed)] if failed is not None else [None, None])
+    if kind is not None:
+        raise failed or getattr(sys.modules[ProfitError.__module__], kind, ProfitError)(message)
+    return agree(found)
 
 
 def wait_for_all() -> None:

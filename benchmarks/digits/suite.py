@@ -27,7 +27,7 @@ from typing import Any
 
 from profit.errors import ProfitError
 
-from ..harness.place import RESULTS, digits_recipe, processor
+from ..harness.place import RESULTS, digits_recipe
 
 QUIET = ("run.tensorboard=false", "run.eval_every=0", "run.device=cpu")
 FULL_PRECISION_ONLY = ("schedule.act_bits=[]", "schedule.weight_bits=[]", "schedule.profit_bits=[]", "teacher.source=null")
@@ -161,9 +161,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "digits_folds.json", help="the result file")
     parser.add_argument("-s", "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change every recipe")
     options = parser.parse_args(argv)
+    from profit.environment import git_commit, processor, versions
+    from profit.files import write_atomic
     from profit.train import load_recipe, recipe_dict
-    from profit.train.files import write_atomic
-    from profit.train.results import git_commit, versions
 
     start, commit = time.perf_counter(), git_commit()
     try:

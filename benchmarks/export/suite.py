@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..harness.place import RESULTS, digits_recipe, processor
+from ..harness.place import RESULTS, digits_recipe
 
 NETS = ("mobilenetv1_100", "mobilenetv2_100", "mobilenetv3_large_100")
 MIXED = {"weight_bits": (8, 4, 3), "act_bits": (8, 4)}  # taken in turns, layer by layer
@@ -246,9 +246,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs"), help="where the digits run folders are (default runs)")
     parser.add_argument("--out", type=Path, default=RESULTS / "export.json", help="the result file")
     options = parser.parse_args(argv)
+    from profit.environment import git_commit, processor, versions
     from profit.errors import ProfitError
-    from profit.train.files import write_atomic
-    from profit.train.results import git_commit, versions
+    from profit.files import write_atomic
 
     start = time.perf_counter()
     results: dict[str, Any] = {"agreement": {}, "sizes": {}, "latency": {}}

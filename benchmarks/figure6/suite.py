@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
 import math
 from datetime import UTC, datetime
@@ -19,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from profit.environment import git_commit, versions
+from profit.files import write_atomic
 from profit.nn.baselines import BASELINES
 from profit.nn.quantizer import InputQuantizer
-from profit.train.results import git_commit, versions
 
 from ..harness.place import RESULTS, ROOT
 
@@ -168,8 +170,10 @@ def plot(rows: list[dict[str, Any]], fitted: dict[tuple[str, int], InputQuantize
         color=INK,
         y=0.965,
     )
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110, bbox_inches="tight", format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    write_atomic(path, picture.getvalue())
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -206,7 +210,7 @@ def main(argv: list[str]) -> int:
         "rows": rows,
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_atomic(options.json, json.dumps(result, indent=1) + "\n")
     plot(rows, fitted, options.plot)
     print(table(rows))
     print(f"wrote {options.plot} and {options.json}")

@@ -279,8 +279,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/fuzz.json", help="the result file")
     options = parser.parse_args(argv)
     preload()
-    from profit.train.files import write_atomic
-    from profit.train.results import git_commit, versions
+    from profit.environment import git_commit, versions
+    from profit.files import write_atomic
+
 
     commit = git_commit()
     with tempfile.TemporaryDirectory() as work:

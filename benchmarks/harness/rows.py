@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
+from profit.environment import git_commit, processor, versions
 from profit.errors import ProfitError
-from profit.train.files import target, write_atomic
-from profit.train.results import git_commit, versions
+from profit.files import target, write_atomic
 
-from .place import processor
 from .timing import Spread, allocator
 
 SCHEMA = 1

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..harness.place import RESULTS, ROOT, processor
+from ..harness.place import RESULTS, ROOT
 
 RECIPE = ROOT / "recipes" / "smoke.yaml"
 # dropout, so that something is drawn from the generators; checkpoints more often than the run needs
@@ -194,8 +194,8 @@ def main(argv: Sequence[str]) -> int:
 
     import profit.report
     import profit.train.trainer  # noqa: F401
-    from profit.train.files import write_atomic
-    from profit.train.results import git_commit, versions
+    from profit.environment import git_commit, processor, versions
+    from profit.files import write_atomic
 
     torch.set_num_threads(1)
     commit = git_commit()

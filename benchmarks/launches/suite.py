@@ -21,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import profit
-from profit.train.files import write_atomic
+from profit.files import write_atomic
 
 from ..harness import options
 from ..harness.rows import Report

@@ -9,12 +9,15 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.util
+import io
 import json
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from profit.files import write_atomic
 
 from .. import measuring
 from ..harness.options import refuse
@@ -129,15 +132,18 @@ def picture(shown: Sequence[Panel], heading: str, path: Path) -> None:
         for j, panel in enumerate(pair):
             draw_panel(figure.add_subplot(grid[i, j]), panel)
     figure.suptitle(textwrap.fill(heading, 130), fontsize=8, x=0.01, ha="left")
-    figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
+    content = io.BytesIO()
+    figure.savefig(content, bbox_inches="tight", metadata={"Software": None}, format="png")
+    write_atomic(path, content.getvalue())
 
 
 def write_csv(content: dict[str, Any], path: Path) -> None:
     """Every row of the JSON, one line each."""
-    with path.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, [field.name for field in fields(Row)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(content["rows"])
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(content["rows"])
+    write_atomic(path, out.getvalue())
 
 
 def plot(path: Path, content: dict[str, Any]) -> list[Path]:

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..harness.place import RESULTS, ROOT, processor
+from ..harness.place import RESULTS, ROOT
 
 CHANGES = (
     "data.limit=256", "data.batch_size=32", "data.eval_batch_size=32", "data.shift=1", "calibration.batches=4",
@@ -122,8 +122,8 @@ def main(argv: Sequence[str]) -> int:
     if options.worker:
         work(options.worker, options.kind, options.set)
         return 0
-    from profit.train.files import write_atomic
-    from profit.train.results import git_commit, versions
+    from profit.environment import git_commit, processor, versions
+    from profit.files import write_atomic
 
     found: dict[str, Any] = {}
     commit = git_commit()

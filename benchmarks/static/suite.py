@@ -16,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from profit.files import write_atomic
+
 from ..harness.place import RESULTS
 from .compiled import TARGETS, faults, row
 
@@ -94,7 +96,7 @@ def main(argv: list[str]) -> int:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     text = ",\n".join("  " + json.dumps(r) for r in rows)
     head = json.dumps(result | {"rows": []}).removesuffix("[]}")
-    options.json.write_text(f"{head}[\n{text}\n]}}\n", encoding="utf-8")
+    write_atomic(options.json, f"{head}[\n{text}\n]}}\n")
     failed = [r for r in rows if r["faults"]]
     for r in failed:
         print(f"MISSED {r['kernel']} ({r['note']}), {r['target']}, {r['dtype']}: {'; '.join(r['faults'])}")

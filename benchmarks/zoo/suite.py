@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from profit import calibrate_, quant_layers, quantize_, set_bits
 from profit.errors import ProfitError
 
-from ..harness.place import RESULTS, processor
+from ..harness.place import RESULTS
 from .checks import CHECKS
 from .models import BATCH, FULL, LARGER, MODELS, PIXELS, REMEDIES, Row, build, config, images, relative, settle
 
@@ -164,8 +164,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each (default 2)")
     parser.add_argument("--out", type=Path, default=RESULTS / "zoo.json", help="the result file")
     options = parser.parse_args(argv)
-    from profit.train.files import write_atomic
-    from profit.train.results import git_commit, versions
+    from profit.environment import git_commit, processor, versions
+    from profit.files import write_atomic
 
     chosen = [m for m in MODELS if any(fnmatchcase(m, pattern) for pattern in options.models)]
     if not chosen:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from profit.data.inventory import numbered
 from profit.data.tensors import DataBundle, TensorLoader
 from profit.errors import DataError
+from profit.files import sha256_of_tensors
 from profit.memory import available_bytes
 
 
@@ -68,6 +73,12 @@ def digits_data(
     train_index, test_index = list(splitter.split(raw.images, raw.target))[fold]
     train_index, test_index = torch.as_tensor(train_index)[:limit], torch.as_tensor(test_index)[:limit]
     images, labels = images.to(device), labels.to(device)
+
+    def content(index: Tensor) -> dict[str, Any]:
+        # the values as they are stored: those that train depend on how this machine enlarges them
+        stored = {"images": torch.as_tensor(raw.images[index]), "labels": torch.as_tensor(raw.target[index])}
+        return {"images": len(index), "sha256": sha256_of_tensors("digits", stored)}
+
     train_images, train_labels = images[train_index], labels[train_index]
     test_images, test_labels = images[test_index], labels[test_index]
     return DataBundle(
@@ -82,4 +93,6 @@ def digits_data(
         image_size=image_size,
         train_images=len(train_images),
         test_images=len(test_images),
+        class_names=numbered(10),
+        inventory=lambda: {"train": content(train_index), "test": content(test_index)},
     )

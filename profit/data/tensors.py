@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,9 @@ class DataBundle:
     """The loaders of one data set and what a model must know of it.
 
     `calibration` shows the training images in a fixed order and without augmentation. `unreadable()` lists the files that
-    were left out so far because they cannot be read (`data.on_error=skip`).
+    were left out so far because they cannot be read (`data.on_error=skip`). `class_names` stand in the order of the labels, as
+    numbers where the data set has no names. `inventory()` tells, for "train" and "test", the number of images and a digest
+    (profit.data.inventory).
     """
 
     name: str
@@ -39,6 +41,8 @@ class DataBundle:
     train_images: int
     test_images: int
     unreadable: Callable[[], list[str]] = list
+    class_names: tuple[str, ...] = ()
+    inventory: Callable[[], dict[str, Any]] = dict
 
 
 class TensorLoader:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
+from profit.data.inventory import class_names_of, inventory, numbered
 from profit.data.streams import check_info, check_shards
 from profit.data.tensors import DataBundle
 from profit.errors import DataError, MissingDataError
@@ -110,9 +111,11 @@ def timm_data(
         )
         if isinstance(train_set, IterableDataset):
             _check_stream(name, workers, limit)
-        classes = classes or _classes_of(train_set)
+        classes = classes or len(class_names_of(train_set)) or None
         if classes is None:
             raise DataError(f"the data set {name} does not tell its number of classes: set data.classes")
+    class_names = class_names_of(train_set)
+    whole = {"train": (train_set, train_split, len(train_set)), "test": (test_set, test_split, len(test_set))}
     if limit is not None:
         train_set, test_set, fixed_set = (_Limited(dataset, limit) for dataset in (train_set, test_set, fixed_set))
 
@@ -152,6 +155,11 @@ def timm_data(
         train_images=len(train_set),
         test_images=len(test_set),
         unreadable=lambda: sorted({file for folder in folders for file in folder.unreadable_files()}),
+        class_names=class_names if len(class_names) == classes else numbered(classes),
+        inventory=lambda: {
+            key: inventory(dataset, Path(str(path)) / split if name == "imagefolder" else path, images)
+            for key, (dataset, split, images) in whole.items()
+        },
     )
 
 
@@ -213,14 +221,6 @@ def _check_stream(name: str, workers: int, limit: int | None) -> None:
     if limit is not None:
         raise DataError(f"{name} is read as a stream, which data.limit={limit} cannot pick from: leave data.limit out and give "
                         "a split of fewer shards")  # fmt: skip
-
-
-def _classes_of(dataset: Any) -> int | None:
-    for holder, key in ((dataset, "classes"), (getattr(dataset, "reader", None), "class_to_idx")):
-        found = getattr(holder, key, None)
-        if found:
-            return len(found)
-    return None
 
 
 class _Limited(torch.utils.data.Dataset):

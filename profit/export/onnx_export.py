@@ -18,6 +18,7 @@ from torch import nn
 
 from ..checks import brief
 from ..errors import ExportError
+from ..files import write_atomic
 from .network import Network
 from .onnx_layers import ExactLayers, IntegerLayers
 from .onnx_operators import TRANSLATIONS, Graph
@@ -57,8 +58,6 @@ def export_onnx(
         ExportError: the model, or one named layer or operator of it, cannot be exported; an unsupported opset; onnx is
             missing. ProfitError: the file cannot be written. TypeError: an argument of another type.
     """
-    from ..train.files import write_atomic
-
     check_call(model, path, "export_onnx")
     _check_opset(opset)
     network = trace_network(model, example_inputs)

@@ -14,7 +14,6 @@ The metadata hold, as JSON under the key "profit": format, version, and a SHA-25
 
 from __future__ import annotations
 
-import hashlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from ..checks import check_module, check_path
 from ..errors import ExportError
+from ..files import raw_bytes, sha256_of_tensors, write_atomic
 from ..quantize import quant_layers
 from ..state import apply_quantization_state_, quantization_state
 from .bits import pack, unpack
@@ -88,8 +88,6 @@ def write_packed(path: str | Path, network: Network, model: nn.Module | None = N
     """Write a traced network; with `model`, the state it was traced from as well."""
     from safetensors.torch import save
 
-    from ..train.files import write_atomic
-
     tensors: dict[str, Tensor] = dict(network.constants)
     for name, layer in network.layers.items():
         if layer.weight_bits is None:
@@ -103,11 +101,11 @@ def write_packed(path: str | Path, network: Network, model: nn.Module | None = N
         description["quantization"] = quantization_state(model)
         rest = {k: v for k, v in model.state_dict().items() if k not in {f"{name}.weight" for name in network.layers}}
         description["state"] = [[key, str(v.dtype).removeprefix("torch."), list(v.shape)] for key, v in rest.items()]
-        tensors["state"] = torch.cat([torch.empty(0, dtype=torch.uint8), *map(_to_bytes, rest.values())])
+        tensors["state"] = torch.cat([torch.empty(0, dtype=torch.uint8), *map(raw_bytes, rest.values())])
     text = json.dumps(description, separators=(",", ":")).encode()
     tensors["description"] = torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
     tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
-    head = {"format": FORMAT, "version": VERSION, "sha256": _digest(tensors)}
+    head = {"format": FORMAT, "version": VERSION, "sha256": sha256_of_tensors(f"{FORMAT} {VERSION}", tensors)}
     data = save(tensors, {METADATA_KEY: json.dumps(head)})
     write_atomic(path, data)
     sizes = {name: value.numel() * value.element_size() for name, value in tensors.items()}
@@ -216,7 +214,7 @@ def _read(path: str | Path) -> _Content:
             f"{path} is version {head.get('version')!r} of the packed format, this program reads version {VERSION}: "
             "export it again"
         )
-    if head.get("sha256") != _digest(tensors):
+    if head.get("sha256") != sha256_of_tensors(f"{FORMAT} {VERSION}", tensors):
         raise ExportError(f"{path} is damaged or was changed: its checksum does not match its content")
     try:
         description = json.loads(_inflated(tensors["description"].numpy()))
@@ -239,20 +237,6 @@ def _inflated(data: Any) -> bytes:
     if not inflate.eof:
         raise ValueError("its description is cut off")
     return text
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of every tensor with its name, dtype and shape, in the order of the names."""
-    digest = hashlib.sha256(f"{FORMAT} {VERSION}".encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)} ".encode())
-        digest.update(_to_bytes(value).numpy())
-    return digest.hexdigest()
-
-
-def _to_bytes(value: Tensor) -> Tensor:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _state(index: list[list[Any]], data: Tensor) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 from profit_kernels import use_backend
 
 from ..errors import ExportError
+from ..files import write_atomic
 from ..nn import InputQuantizer, WeightQuantizer
 from ..quantize import quant_layers
 from .trace import check_call, checked_layers, example_images, export_program, plain_copy
@@ -36,8 +37,6 @@ def export_torch(model: nn.Module, path: str | Path, example_inputs: Any) -> int
         ExportError: nothing is quantized, a layer's numbers are not finite, or torch.export cannot follow the model.
         ProfitError: cannot be written. TypeError: an argument of another type.
     """
-    from ..train.files import write_atomic
-
     check_call(model, path, "export_torch")
     checked_layers(model)
     plain = plain_copy(model)

@@ -1,12 +1,11 @@
 """report.html from results.json: one file that needs nothing else, neither the network nor the model."""
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from profit.errors import ProfitError
+from profit.files import write_atomic
 from profit.report import figures
 from profit.report.formats import FILTERS, accuracy, size
 from profit.report.results import RESULTS_NAME, finite, read_results
@@ -26,18 +25,10 @@ def write_report(run_dir: str | Path) -> Path:
     """
     html = render(read_results(run_dir))
     path = Path(run_dir) / REPORT_NAME
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(html)
-        # a temporary file is private; a report is for anyone who may read the run
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise ProfitError(f"{path} cannot be written: {error.strerror or error}") from None
+        write_atomic(path, html, follow=False)
+    except ProfitError as error:
+        raise ProfitError(f"{path} cannot be written: {str(error).rpartition(': ')[2]}") from None
     return path
 
 

@@ -65,7 +65,7 @@ _RUN = {
 _RESULTS = {
     "run": _RUN,
     "model": {"name": str, **dict.fromkeys(("parameters", "classes", "in_chans"), _COUNT)},
-    "data": {"name": str, **dict.fromkeys(("train", "test", "unreadable", "image_size", "fold"), object)},
+    "data": {"name": str, "class_names": [str], **dict.fromkeys(("train", "test", "unreadable", "image_size", "fold"), object)},
     "recipe": dict,
     "phases": [_PHASE],
     "layers": [_LAYER],

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from profit.errors import CheckpointError, ProfitError
-from profit.train.files import read_text, sha256, sync_folder, write_atomic
+from profit.files import clear_leftovers, read_text, sha256, sync_folder, write_atomic
 
 FORMAT = "profit-checkpoint-1"
 _TENSOR, _ITEMS = "__tensor__", "__items__"
@@ -41,9 +41,9 @@ def save_checkpoint(path: str | Path, state: Mapping[str, Any]) -> None:
     json_path, tensor_path, new_path = _files(path)
     if new_path.exists():  # a process was killed here before
         _settle(path)
-    write_atomic(new_path, data)
+    write_atomic(new_path, data, follow=False)
     head = {"format": FORMAT, "tensors_sha256": sha256(data), "state_sha256": sha256(plain.encode())}
-    write_atomic(json_path, json.dumps({**head, "state": json.loads(plain)}))
+    write_atomic(json_path, json.dumps({**head, "state": json.loads(plain)}), follow=False)
     _rename(new_path, tensor_path)
 
 
@@ -66,7 +66,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if path.exists() and not path.is_file():
             raise CheckpointError(f"cannot read the checkpoint {base}: {path.name} is no regular file")
     try:
-        head = json.loads(read_text(json_path))
+        text = read_text(json_path)
+        head = json.loads(text)
         contents = [path.read_bytes() for path in (tensor_path, new_path) if path.exists()]
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint {base}: {Path(str(error.filename)).name} is missing") from None
@@ -76,7 +77,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{json_path} is damaged: it is not JSON") from None
     if not isinstance(head, dict) or head.get("format") != FORMAT:
         raise CheckpointError(f"{json_path} is not a checkpoint of this program (format {FORMAT})")
-    if sha256(json.dumps(head.get("state")).encode()) != head.get("state_sha256"):
+    # the text too, because some bits change it and not what it means: 1e-05 and 1E-05
+    if sha256(json.dumps(head.get("state")).encode()) != head.get("state_sha256") or text != json.dumps(head):
         raise CheckpointError(f"{json_path} is damaged: its checksum does not match")
     if not contents:
         raise CheckpointError(f"there is no checkpoint {base}: {tensor_path.name} is missing")
@@ -105,8 +107,7 @@ def prune(folder: str | Path, keep: int) -> None:
         for base in checkpoints(folder)[:-keep]:
             for path in _files(base):  # the .json first: a checkpoint without it does not count
                 path.unlink(missing_ok=True)
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        clear_leftovers(folder)
         for new in folder.glob(".*.safetensors.new"):
             _settle(folder / new.name[1:].removesuffix(".safetensors.new"))
         for path in folder.glob("*.safetensors"):

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from profit.allowed import data_problem
-from profit.data import create_data
+from profit.data import DataBundle, create_data
+from profit.data.inventory import numbered
 from profit.errors import CheckpointError, DataError, RecipeError
 from profit.quantize import quant_layers
 from profit.train.loop import evaluate
-from profit.train.network import load_network
+from profit.train.network import Architecture, load_network
 from profit.train.recipe_io import load_recipe
 from profit.train.runs import RECIPE, device_for, resolve_weights, threads
 
@@ -62,6 +63,7 @@ def evaluate_run(
             f"{bundle.name} has {bundle.classes} classes and {bundle.in_chans} channels, the network of {folder} "
             f"{architecture.classes} and {architecture.in_chans}"
         )
+    _check_names(bundle, architecture, folder)
     with threads(recipe.run.threads):
         loss, accuracy = evaluate(model, bundle.test)
     unreadable = len(bundle.unreadable())
@@ -75,3 +77,18 @@ def evaluate_run(
         "loss": loss,
         "accuracy": accuracy,
     }
+
+
+def _check_names(bundle: DataBundle, architecture: Architecture, folder: Path) -> None:
+    """Raise DataError where an output of the network stands for one class and a label of the data for another."""
+    ours, theirs = architecture.class_names, bundle.class_names
+    unnamed = numbered(bundle.classes)
+    is_folder = bundle.name.startswith("imagefolder")  # its classes are never without names
+    if not ours or ours == unnamed or (theirs == unnamed and not is_folder):
+        return
+    number = next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+    if number is not None:
+        raise DataError(
+            f"class {number} of {bundle.name} is {theirs[number]!r}, for the network of {folder} it is {ours[number]!r}: the "
+            "accuracy would mean nothing; give the classes the same names"
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from profit.allowed import FIRST_WEIGHTS
 from profit.data import DataBundle
 from profit.errors import CheckpointError, ConversionError, DataError, RecipeError
+from profit.files import sha256_of_tensors, write_atomic
 from profit.models import create_model
 from profit.quantize import quantize_
 from profit.state import apply_quantization_state_, quantization_state
 from profit.train.checkpoint import load_checkpoint
-from profit.train.files import write_atomic
 from profit.train.recipe import Recipe
 from profit.train.trial import tried
 
-FORMAT = "profit-model-1"
+FORMAT, WITHOUT_CHECKSUM = "profit-model-2", "profit-model-1"  # the second is still read
 METADATA_KEY = "profit"
 LARGEST = 10**6
 _COPIES = 4  # of the weights, in training: their gradients, momentum and average too
@@ -31,13 +31,18 @@ _COPIES = 4  # of the weights, in training: their gradients, momentum and averag
 
 @dataclass(frozen=True)
 class Architecture:
-    """What `create_model` needs to build the same network."""
+    """What `create_model` needs to build the same network, and what its outputs stand for.
+
+    `class_names` are those of the data it was trained on, in the order of the outputs; () where they are not known. They do
+    not count when two architectures are compared.
+    """
 
     name: str
     classes: int
     in_chans: int
     image_size: int
     args: dict[str, Any]
+    class_names: tuple[str, ...] = field(default=(), compare=False)
 
     def build(self, pretrained: bool = False) -> nn.Module:
         """A freshly initialised full-precision network."""
@@ -69,7 +74,9 @@ def architecture_for(recipe: Recipe, data: DataBundle) -> Architecture:
     wanted = recipe.model.classes
     if wanted is not None and wanted != data.classes:
         raise DataError(f"model.classes is {wanted} but the data set {data.name} has {data.classes} classes")
-    return Architecture(recipe.model.name, data.classes, data.in_chans, data.image_size, dict(recipe.model.args))
+    return Architecture(
+        recipe.model.name, data.classes, data.in_chans, data.image_size, dict(recipe.model.args), data.class_names
+    )
 
 
 def build_network(recipe: Recipe, architecture: Architecture, device: torch.device | str) -> nn.Module:
@@ -146,27 +153,44 @@ def _first(keys: Sequence[str]) -> str:
 
 def network_state(model: nn.Module, architecture: Architecture) -> dict[str, Any]:
     """What a checkpoint stores of a network."""
-    return {
-        "architecture": asdict(architecture),
-        "quantization": quantization_state(model),
-        "model": model.state_dict(),
-    }
+    return {**_description(model, architecture), "model": model.state_dict()}
+
+
+def _description(model: nn.Module, architecture: Architecture) -> dict[str, Any]:
+    """All that is not a tensor. The names of the classes stand beside the architecture, whose keys earlier versions count."""
+    values = asdict(architecture)
+    names = values.pop("class_names")
+    return {"architecture": values, "class_names": list(names), "quantization": quantization_state(model)}
 
 
 def save_network(path: str | Path, model: nn.Module, architecture: Architecture, note: Mapping[str, Any]) -> None:
-    """Write weights to one .safetensors file whose metadata hold architecture, quantization and `note`."""
+    """Write weights to one .safetensors file whose metadata hold architecture, class names, quantization and `note`, and a
+    checksum over these and all tensors.
+
+    Raises:
+        ProfitError: it cannot be written.
+    """
     from safetensors.torch import save
 
     tensors = {key: value.detach().to("cpu").contiguous().clone() for key, value in model.state_dict().items()}
-    description = {
-        "format": FORMAT,
-        "architecture": asdict(architecture),
-        "quantization": quantization_state(model),
-        "note": dict(note),
-    }
+    text = json.dumps({"format": FORMAT, "sha256": "", **_description(model, architecture), "note": dict(note)})
+    text = text.replace(_checksum(""), _checksum(sha256_of_tensors(text, tensors)), 1)
     # under one key, because safetensors writes several in random order and equal runs would give unequal files
-    metadata = {METADATA_KEY: json.dumps(description)}
-    write_atomic(path, save(tensors, metadata))
+    write_atomic(path, save(tensors, {METADATA_KEY: text}), follow=False)
+
+
+def _checksum(digest: str) -> str:
+    """How the checksum stands in the description; it is computed over the text in which it is empty."""
+    return f'"sha256": "{digest}"'
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that `read_weights` reads; [] if there are none."""
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if path.with_suffix(".json").is_file():
+        return [path.with_suffix(".json"), path.with_suffix(".safetensors")]
+    return [path] if path.is_file() else []
 
 
 def read_weights(path: str | Path) -> Weights:
@@ -175,9 +199,6 @@ def read_weights(path: str | Path) -> Weights:
     Raises:
         CheckpointError: missing, damaged, or no such file.
     """
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
     path = Path(path)
     if path.is_dir():
         path = path / "model.safetensors"
@@ -189,22 +210,36 @@ def read_weights(path: str | Path) -> Weights:
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path} is not a .safetensors file; other formats may run code when they are opened. Convert it "
                               "where you trust it: safetensors.torch.save_file(state_dict, ...)")  # fmt: skip
+    return _read_file(path)
+
+
+def _read_file(path: Path) -> Weights:
+    """The content of a .safetensors file, after every check."""
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise CheckpointError(f"there is no weight file {path}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-        state = load_file(path)
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable .safetensors file: {error}") from None
     if METADATA_KEY not in metadata:
+        if any('"format": "profit-' in value for value in metadata.values()):
+            raise CheckpointError(f"{path} is damaged: what it tells of its network stands in another place")
         return Weights(state, None, None)
+    text = metadata[METADATA_KEY]
     try:
-        description = json.loads(metadata[METADATA_KEY])
+        description = json.loads(text)
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} is damaged: what it tells of its network is not JSON") from None
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
+    if not isinstance(description, dict) or description.get("format") not in (FORMAT, WITHOUT_CHECKSUM):
         raise CheckpointError(f"{path} tells of its network in another format than {FORMAT}: written by another version?")
+    if description["format"] == FORMAT:
+        told = description.get("sha256")
+        if told != sha256_of_tensors(text.replace(_checksum(str(told)), _checksum(""), 1), state):
+            raise CheckpointError(f"{path} is damaged or was changed: its checksum does not match its content")
     if not isinstance(description.get("quantization"), dict):
         raise CheckpointError(f"{path} is damaged: it does not tell how its network is quantized")
     return Weights(state, _architecture(description, path), description["quantization"])
@@ -221,7 +256,11 @@ def _architecture(description: Mapping[str, Any], path: Path) -> Architecture:
     numbers = [values["classes"], values["in_chans"], values["image_size"]]
     if not all(1 <= number <= LARGEST for number in numbers):
         raise CheckpointError(f"{path}: classes, in_chans and image_size {numbers} must lie in 1..{LARGEST}")
-    return Architecture(**values)
+    names = description.get("class_names") or ()  # earlier versions did not keep them
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if names and not (texts and len(names) == values["classes"]):
+        raise CheckpointError(f"{path} is damaged: its class names are not {values['classes']} texts")
+    return Architecture(**values, class_names=tuple(names))
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, Architecture]:
@@ -246,5 +285,5 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
 def _difference(theirs: Architecture | None, ours: Architecture) -> str:
     if theirs is None:
         return "no architecture"
-    changed = [key for key, value in asdict(ours).items() if getattr(theirs, key) != value]
+    changed = [item.name for item in fields(ours) if item.compare and getattr(theirs, item.name) != getattr(ours, item.name)]
     return ", ".join(f"{key} {getattr(theirs, key)!r}, not {getattr(ours, key)!r}" for key in changed)

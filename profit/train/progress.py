@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from profit.errors import ProfitError
+from profit.files import open_to_append
 from profit.schedule import Phase
 
 
@@ -44,7 +45,7 @@ class Progress:
         if log.exists() and not log.is_file():
             raise ProfitError(f"cannot write {log}: it is {'a folder' if log.is_dir() else 'no regular file'}")
         try:
-            self._log = open(log, "a", encoding="utf-8", errors="backslashreplace")
+            self._log = open_to_append(log)
         except OSError as error:
             raise ProfitError(f"cannot write the output folder {folder}: {error.strerror or error}") from None
         self._bar: Any = None

@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from profit.allowed import recipe_problem
 from profit.config import DuQConfig
 from profit.errors import RecipeError
-from profit.train.files import read_text
+from profit.files import read_text
 from profit.train.limits import plain_problem, problem
 from profit.train.recipe import Recipe
 from profit.train.shipped import find_recipe

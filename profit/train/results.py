@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import math
 import platform
-import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import nn
 
 from profit.aiwq import AIWQMonitor
 from profit.data import DataBundle
+from profit.environment import git_commit, versions
 from profit.optim import quantizer_parameters
 from profit.report.collect import collect_layers, model_sizes, weight_histograms
 from profit.schedule import Phase, PhaseSchedule
@@ -63,6 +62,7 @@ def describe_data(recipe: Recipe, data: DataBundle) -> dict[str, Any]:
         "test": data.test_images,
         "unreadable": len(data.unreadable()),
         "image_size": data.image_size,
+        "class_names": list(data.class_names),
         "fold": f"{recipe.data.fold} of {recipe.data.folds}" if data.name == "digits" else None,
     }
 
@@ -151,35 +151,6 @@ def to_json(results: Mapping[str, Any]) -> str:
     return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name, distribution in (
-        ("torch", "torch"), ("triton", "triton"), ("timm", "timm"), ("numpy", "numpy"), ("profit_kernels", "profit-kernels")
-    ):  # fmt: skip
-        try:
-            found[name] = version(distribution)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    import profit_kernels
-
-    found["torch"], found["profit_kernels"] = str(torch.__version__), profit_kernels.__version__
-    return found
-
-
-def git_commit() -> str | None:
-    """The commit of this source tree, marked where files differ from it; None outside a git work tree."""
-    here = Path(__file__).resolve().parent
-    try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        if head.returncode:
-            return None
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return head.stdout.strip() + ("-modified" if changes.stdout.strip() else "")
 
 
 def _command() -> str:

@@ -24,10 +24,10 @@ import torch
 import torch.distributed as dist
 
 from profit.errors import CheckpointError, ProfitError, RecipeError
+from profit.files import clear_leftovers, write_atomic
 from profit.train.checkpoint import checkpoints, load_checkpoint
-from profit.train.files import write_atomic
 from profit.train.recipe import Recipe
-from profit.train.recipe_io import dump_recipe, first_difference, load_recipe, stored_dict
+from profit.train.recipe_io import dump_recipe
 
 RECIPE, RESULTS, MODEL, TEACHER, CHECKPOINTS, CURVES = (
     "recipe.yaml", "results.json", "model.safetensors", "teacher.safetensors", "checkpoints", "tensorboard",
@@ -45,7 +45,6 @@ def open_run(folder: Path, recipe: Recipe, resume: bool) -> bool:
     Raises:
         ProfitError: the folder cannot be made or written, holds a run and `resume` is not set, or holds other files or a link
             that leads out of it.
-        RecipeError: the stored recipe is another one (the first difference is named).
     """
     _refuse_links(folder)
     stored = folder / RECIPE
@@ -54,12 +53,11 @@ def open_run(folder: Path, recipe: Recipe, resume: bool) -> bool:
         if not resume:
             state = "a finished run" if finished else "an unfinished run"
             raise ProfitError(f"{folder} already holds {state}: --resume carries it on, --out DIR starts another")
-        changed = first_difference(*(_without_place(stored_dict(r)) for r in (load_recipe(stored), recipe)))
-        if changed:
-            raise RecipeError(f"{folder} was started with another recipe (stored != given): {changed}")
+        for place in (folder, folder / CHECKPOINTS):
+            clear_leftovers(place)
         return finished
     try:
-        if not stored.is_file() and folder.is_dir() and any(folder.iterdir()):
+        if not stored.is_file() and folder.is_dir() and _holds_other_files(folder):
             raise ProfitError(f"the output folder {folder} is not empty and holds no run: choose another with --out")
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -68,8 +66,19 @@ def open_run(folder: Path, recipe: Recipe, resume: bool) -> bool:
         (folder / TEACHER).unlink(missing_ok=True)  # of an attempt that left nothing else, with another recipe perhaps
     except OSError as error:
         raise ProfitError(f"cannot write the output folder {folder}: {error.strerror or error}") from None
-    write_atomic(stored, dump_recipe(recipe))
+    store_recipe(folder, recipe)
     return False
+
+
+def store_recipe(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe of a run into its folder."""
+    write_atomic(folder / RECIPE, dump_recipe(recipe), follow=False)
+
+
+def _holds_other_files(folder: Path) -> bool:
+    """Whether there is anything in it but what a run leaves that died before it had written its recipe."""
+    clear_leftovers(folder, RECIPE)
+    return any(path.name != CHECKPOINTS or not path.is_dir() or any(path.iterdir()) for path in folder.iterdir())
 
 
 @contextmanager
@@ -129,7 +138,13 @@ def is_of_a_run(path: Path) -> bool:
 
 
 def newest_checkpoint(folder: Path) -> tuple[str | None, list[str]]:
-    """The name of the newest undamaged checkpoint of a run (None if it has none yet), and a warning for each damaged one.
+    """See `newest_state`, without the state."""
+    return newest_state(folder)[:2]
+
+
+def newest_state(folder: Path) -> tuple[str | None, list[str], dict[str, Any]]:
+    """The name of the newest undamaged checkpoint of a run (None if it has none yet), a warning for each damaged one, and what
+    it holds.
 
     Raises:
         CheckpointError: there are checkpoints and all are damaged.
@@ -138,13 +153,12 @@ def newest_checkpoint(folder: Path) -> tuple[str | None, list[str]]:
     found = checkpoints(folder / CHECKPOINTS)
     for base in reversed(found):
         try:
-            load_checkpoint(base)
-            return base.name, warnings
+            return base.name, warnings, load_checkpoint(base)
         except CheckpointError as error:
             warnings.append(f"warning: {error}; going back to the checkpoint before it")
     if found:
         raise CheckpointError(f"every checkpoint of {folder} is damaged: {warnings[-1].removeprefix('warning: ')}")
-    return None, warnings
+    return None, warnings, {}
 
 
 def resolve_weights(folder: Path, which: str | None) -> Path:
@@ -211,6 +225,7 @@ def threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _without_place(values: dict[str, Any]) -> dict[str, Any]:
+def without_place(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's values without how and where it trains."""
     kept = {key: value for key, value in values["run"].items() if key not in _PLACE}
     return {**values, "run": kept}

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from profit.aiwq import AIWQMonitor
 from profit.checks import first_line
 from profit.errors import CheckpointError
 from profit.report.results import check_phases
-from profit.train.network import load_weights, network_state
-
-if TYPE_CHECKING:
-    from profit.train.trainer import Trainer
+from profit.schedule import PhaseSchedule
+from profit.train.ema import ModelEma
+from profit.train.network import Architecture, load_weights, network_state
 
 _NUMBER = (int, float)
 _KINDS: dict[str, Any] = {
@@ -28,7 +30,23 @@ _KINDS: dict[str, Any] = {
 _MEASURED = ("history", "phases", "best", "aiwq", "frozen_stage", "accuracy_fp", "wall_s", "phase_wall_s", "images_per_s")
 
 
-def snapshot(trainer: Trainer) -> dict[str, Any]:
+class RunState(Protocol):
+    """What is stored of a trainer; beside the attributes below those that `_MEASURED` names."""
+
+    folder: Path
+    model: nn.Module
+    architecture: Architecture
+    schedule: PhaseSchedule
+    phase_index: int
+    epoch: int
+    optimizer: torch.optim.Optimizer | None
+    ema: ModelEma | None
+    monitor: AIWQMonitor | None
+    run_info: dict[str, Any]
+    origin: dict[str, Any]
+
+
+def snapshot(trainer: RunState) -> dict[str, Any]:
     """Everything the next epoch depends on."""
     state = {
         **network_state(trainer.model, trainer.architecture),
@@ -37,6 +55,7 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
         },
         **{name: getattr(trainer, name) for name in _MEASURED},
         "run": trainer.run_info,
+        "origin": trainer.origin,
     }  # fmt: skip
     if trainer.epoch:  # between two phases there is nothing of the phase to keep
         state["optimizer"] = trainer.optimizer.state_dict()
@@ -45,11 +64,9 @@ def snapshot(trainer: Trainer) -> dict[str, Any]:
     return state
 
 
-def restore(trainer: Trainer, state: dict[str, Any]) -> None:
+def restore(trainer: RunState, state: dict[str, Any]) -> None:
     """Model, position and everything measured so far. Raises CheckpointError for the state of another schedule."""
-    wrong = _wrong(state)
-    if wrong:
-        raise CheckpointError(f"the checkpoint of {trainer.folder} is damaged: {wrong}")
+    check_snapshot(state, trainer.folder)
     position = state["position"]
     try:
         replace(trainer.schedule).load_state_dict(position["schedule"])
@@ -65,7 +82,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.run_info = {**trainer.run_info, "created": state["run"]["created"], "command": state["run"]["command"]}
 
 
-def restore_phase(trainer: Trainer, state: dict[str, Any]) -> None:
+def restore_phase(trainer: RunState, state: dict[str, Any]) -> None:
     """What entering the phase made anew and the phase has changed since."""
     try:
         trainer.optimizer.load_state_dict(state["optimizer"])
@@ -75,6 +92,32 @@ def restore_phase(trainer: Trainer, state: dict[str, Any]) -> None:
             trainer.monitor.load_state_dict(state["monitor"])
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"the checkpoint of {trainer.folder} does not fit its phase: {first_line(error)}") from None
+
+
+def check_snapshot(state: Mapping[str, Any], folder: Path) -> None:
+    """Raise CheckpointError where the state of a run lacks something, or holds it in another type."""
+    wrong = _wrong(state) or _wrong_origin(state.get("origin"))
+    if wrong:
+        raise CheckpointError(f"the checkpoint of {folder} is damaged: {wrong}")
+
+
+def _wrong_origin(origin: Any) -> str | None:
+    """The same of what a run was begun with; None where an earlier version did not record it."""
+    if origin is None:
+        return None
+    sections = ("recipe", "teacher", "data")
+    if not isinstance(origin, dict) or not all(isinstance(origin.get(key), dict) for key in sections):
+        return "origin is of another type"
+    recipe, teacher, data = (origin[key] for key in sections)
+    names = data.get("class_names")
+    splits = [data[split] for split in ("train", "test") if split in data]
+    fits = (
+        isinstance(recipe.get("values"), dict)
+        and all(key in teacher and isinstance(teacher[key], (str, type(None))) for key in ("source", "sha256"))
+        and isinstance(names, list) and all(isinstance(name, str) for name in names)
+        and all(isinstance(split, dict) and {"images", "sha256"} <= split.keys() for split in splits)
+    )  # fmt: skip
+    return None if fits else "origin is of another type"
 
 
 def _wrong(state: Mapping[str, Any]) -> str | None:

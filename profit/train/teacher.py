@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from profit.allowed import teacher_name_problem, teacher_problem
-from profit.errors import RecipeError
+from profit.errors import CheckpointError, RecipeError
 from profit.models import create_model
 from profit.quantize import set_bits
+from profit.schedule import Phase
 from profit.train.network import Architecture, load_network, load_weights, read_weights, save_network
 
 
@@ -86,12 +87,27 @@ def _pretrained(source: str, architecture: Architecture, pretrained: bool) -> nn
     return teacher
 
 
-def own_teacher(model: nn.Module, architecture: Architecture, path: Path, write: bool = True) -> nn.Module:
-    """A full-precision copy of the student as it is now; what is stored in `path` goes first, else `write` stores it there."""
+def has_own_teacher(phase: Phase) -> bool:
+    """Whether the teacher `self` serves in a phase: from the first one that quantizes."""
+    return not phase.act_bits == phase.weight_bits is None
+
+
+def own_teacher(
+    model: nn.Module, architecture: Architecture, path: Path, *, stored: bool, write: bool = True
+) -> nn.Module:
+    """A full-precision copy of the student as it is now, with the weights in `path` if they are `stored` there; if not, `write`
+    stores them.
+
+    Raises:
+        CheckpointError: `path` is missing, damaged, or of another network. ProfitError: it cannot be written.
+    """
     teacher = copy.deepcopy(model)
     set_bits(teacher, weight_bits=None, act_bits=None)
-    if path.is_file():
-        load_weights(teacher, read_weights(path).state, path)
+    if stored:
+        weights = read_weights(path)
+        if weights.architecture is None:
+            raise CheckpointError(f"{path} is not what a run wrote: it does not tell which network it is for")
+        load_weights(teacher, weights.state, path)
     elif write:
         save_network(path, teacher, architecture, {})
     return _settled(teacher)

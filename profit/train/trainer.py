@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from collections.abc import Collection
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from profit.bn import sync_batchnorm
 from profit.calibrate import calibrate_
 from profit.data import create_data
 from profit.decay import aiwq_decay_for, ema_decay_for
-from profit.distributed import agree, average_buffers_, rank, sum_over_ranks, world_size
+from profit.distributed import agree, average_buffers_, from_first, rank, sum_over_ranks, world_size
 from profit.errors import TrainingError
+from profit.files import write_atomic
 from profit.freezing import ProgressiveFreezer, freeze_all, release_all
 from profit.nn.baselines import pact_penalty
 from profit.optim import param_groups, quantizer_parameters, quantizers
@@ -32,30 +34,22 @@ from profit.schedule import Phase
 from profit.train import results as reporting
 from profit.train.checkpoint import load_checkpoint, prune, save_checkpoint, seed_everything
 from profit.train.ema import ModelEma
-from profit.train.files import write_atomic
 from profit.train.loop import Objective, evaluate, train_epoch
 from profit.train.network import architecture_for, build_network, load_weights, network_state, save_network
+from profit.train.origin import begin_run, check_kinds, teacher_digest
 from profit.train.preflight import check_folder, check_memory, check_stages, check_steps
 from profit.train.processes import distributed_model, process_group
 from profit.train.progress import NoProgress, Progress, caught_warnings
 from profit.train.recipe import Recipe
-from profit.train.runs import (
-    CHECKPOINTS,
-    MODEL,
-    RESULTS,
-    TEACHER,
-    device_for,
-    locked,
-    newest_checkpoint,
-    open_run,
-    threads,
-)
+from profit.train.runs import CHECKPOINTS, MODEL, RESULTS, TEACHER, device_for, locked, threads
 from profit.train.sharding import epoch_seed, shard
 from profit.train.snapshot import restore, restore_phase, snapshot
-from profit.train.teacher import load_teacher, own_teacher
+from profit.train.teacher import has_own_teacher, load_teacher, own_teacher
 
 
-def train(recipe: Recipe, out_dir: str | Path, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+def train(
+    recipe: Recipe, out_dir: str | Path, resume: bool = False, quiet: bool = False, accept_changed: Collection[str] = ()
+) -> dict[str, Any]:
     """Train a recipe into a run folder (its files: `profit.train.runs`) and return what results.json holds.
 
     Args:
@@ -64,6 +58,8 @@ def train(recipe: Recipe, out_dir: str | Path, resume: bool = False, quiet: bool
         resume: carry on an unfinished run; on the CPU the final weights are bit-identical to those of a run that was
             never interrupted. A finished run returns its results.
         quiet: plain lines instead of progress bars.
+        accept_changed: which of "recipe", "teacher" and "data" may differ from what the run was begun with (`resume`); without,
+            a difference is an error that names it.
 
     Under torchrun every process calls this with the same arguments; the run folder must be on a file system that all see.
 
@@ -71,14 +67,18 @@ def train(recipe: Recipe, out_dir: str | Path, resume: bool = False, quiet: bool
         ProfitError: one of its subclasses, with one line that says what is wrong.
     """
     with threads(recipe.run.threads), process_group(recipe.run.timeout_s):
-        return Trainer(recipe, Path(out_dir), resume, quiet).run()
+        check_kinds(accept_changed, resume)
+        return Trainer(recipe, Path(out_dir), resume, quiet, accept_changed).run()
 
 
 class Trainer:
     """One run. What changes while it trains, and is stored in a checkpoint, is set in `__init__` below the line."""
 
-    def __init__(self, recipe: Recipe, folder: Path, resume: bool, quiet: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, resume: bool, quiet: bool, accept_changed: Collection[str] = ()
+    ) -> None:
         self.recipe, self.folder, self.resume, self.quiet = recipe, folder, resume, quiet
+        self.accept_changed = accept_changed
         self.schedule = recipe.schedule
         self.rank, self.world = rank(), world_size()
         self.device = device_for(recipe)
@@ -117,18 +117,21 @@ class Trainer:
         self.images_per_s = 0.0
         self.unreadable: set[str] = set()
         self.run_info = reporting.describe_run(recipe, self.device)
+        self.origin: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
         """All phases that are left, then the final files. Process 0 alone writes to the folder; the others do as it found."""
-        if self.rank == 0:
-            check_folder(self.recipe, self.model, self.folder)
-        with locked(self.folder) if self.rank == 0 else nullcontext():
+        from_first(lambda: check_folder(self.recipe, self.model, self.folder))
+        with ExitStack() as stack:
+            from_first(lambda: stack.enter_context(locked(self.folder)))
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        if agree(open_run(self.folder, self.recipe, self.resume) if self.rank == 0 else None):
+        finished, name, lines, self.origin = from_first(
+            lambda: begin_run(self.folder, self.recipe, self.data, self.resume, self.accept_changed)
+        )
+        if finished:
             return read_finished(self.folder)
-        name, damaged = agree(newest_checkpoint(self.folder) if self.rank == 0 else None)
         state = load_checkpoint(self.folder / CHECKPOINTS / name) if name else None
         if state is not None:
             restore(self, state)
@@ -138,7 +141,7 @@ class Trainer:
                 "model": reporting.describe_model(self.model, self.architecture),
                 "data": reporting.describe_data(self.recipe, self.data),
             }
-            for line in (reporting.headline(sections, self.schedule, self._global_epoch()), *self.warnings, *damaged):
+            for line in (reporting.headline(sections, self.schedule, self._global_epoch()), *self.warnings, *lines):
                 self.progress.line(line)
             if state is None and self.schedule.phases[0].name != "fp":
                 _, self.accuracy_fp = evaluate(self.model, self.data.test, self.amp)
@@ -265,9 +268,13 @@ class Trainer:
 
     def _keep_own_teacher(self, phase: Phase) -> None:
         """When quantization begins, the network as it is becomes its own teacher (or the stored copy is read again)."""
-        if self.recipe.teacher.source != "self" or self.teacher is not None or phase.act_bits == phase.weight_bits is None:
+        if self.recipe.teacher.source != "self" or self.teacher is not None or not has_own_teacher(phase):
             return
-        self.teacher = own_teacher(self.model, self.architecture, self.folder / TEACHER, write=self.rank == 0)
+        kept, write = self.origin["teacher"], self.rank == 0
+        stored = kept["sha256"] is not None
+        self.teacher = own_teacher(self.model, self.architecture, self.folder / TEACHER, stored=stored, write=write)
+        if write:
+            kept["sha256"] = teacher_digest("self", self.folder)
 
     def _record_epoch(self, phase: Phase, train_loss: float, test: bool) -> None:
         """Test the model and its average, keep the best of each, and add a row to the history."""
@@ -328,7 +335,7 @@ class Trainer:
             phases=self.phases, aiwq=self.aiwq, frozen_stage=self.frozen_stage, accuracy_fp=self.accuracy_fp,
         )  # fmt: skip
         if self.rank == 0:
-            write_atomic(self.folder / RESULTS, reporting.to_json(content))
+            write_atomic(self.folder / RESULTS, reporting.to_json(content), follow=False)
         return content
 
     def _finish(self) -> dict[str, Any]:

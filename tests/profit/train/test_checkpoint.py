@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from profit.errors import CheckpointError, ProfitError
+from profit.files import write_atomic
 from profit.train import load_checkpoint, save_checkpoint
 from profit.train.checkpoint import checkpoints, prune
-from profit.train.files import write_atomic
 
 
 def _state(rng: torch.Generator) -> dict:
