@@ -101,7 +101,7 @@ def make_base(folder: Path) -> None:
 
     import profit.report
     from profit.cli import main
-    from profit.train import trainer
+    from profit.train import parse_recipe, trainer
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(VALUES))
@@ -109,7 +109,7 @@ def make_base(folder: Path) -> None:
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         count[0] += 1
-        if count[0] > 3:
+        if count[0] > len(parse_recipe(VALUES).schedule) - 2:
             raise KeyboardInterrupt
         return epoch(*args, **kwargs)
 
@@ -117,7 +117,7 @@ def make_base(folder: Path) -> None:
         return main([str(folder / part) if "/" in part or part in ("run", "begun") else part for part in command])
 
     try:
-        profit.report.write_report = lambda run_dir: run_dir  # drawing takes longer than training
+        profit.report.write_report = lambda run_dir: run_dir
         done = [run("train", "./recipe.yaml", "--out", "run", "-q")]
         trainer.train_epoch = interrupted
         done.append(run("train", "./recipe.yaml", "--out", "begun", "-q") - 130)
@@ -161,8 +161,11 @@ def start(case: Path, command: Sequence[str], real: bool) -> int:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8", errors="backslashreplace") for number in (1, 2))
+            import profit.report
             from profit.cli import main
 
+            if command[0] == "train":  # drawing takes longer than training
+                profit.report.write_report = lambda run_dir: run_dir
             code = main(list(command))
             sys.stdout.flush()
             sys.stderr.flush()
