@@ -33,22 +33,8 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent
 NAME = "profit_kernels._cpu"
-SOURCES = [
-    "csrc/registration.cpp",
-    "csrc/cpu/aiwq.cpp",
-    "csrc/cpu/aiwq_update.cpp",
-    "csrc/cpu/aiwq_wide.cpp",
-    "csrc/cpu/block.cpp",
-    "csrc/cpu/block_depthwise.cpp",
-    "csrc/cpu/block_kernels.cpp",
-    "csrc/cpu/depthwise.cpp",
-    "csrc/cpu/depthwise_kernels.cpp",
-    "csrc/cpu/depthwise_plan.cpp",
-    "csrc/cpu/duq.cpp",
-    "csrc/cpu/isa.cpp",
-    "csrc/cpu/pointwise.cpp",
-    "csrc/cpu/pointwise_products.cpp",
-]
+CSRC = ROOT / "csrc" / "cpu"
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cpp"))
 # The oldest torch whose stable ABI the library is compiled for: it then loads in this version and all later ones.
 TARGET = (2, 11)
 COMPILE_ARGS = [
@@ -152,7 +138,7 @@ class OptionalBuild(plain_build_ext if torch is None else cpp_extension.BuildExt
 
 
 def extension() -> Extension:
-    headers = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.h"))]
+    headers = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.h"))
     make = Extension if torch is None else cpp_extension.CppExtension
     return make(
         NAME, SOURCES, depends=headers, extra_compile_args=list(COMPILE_ARGS), py_limited_api=True, optional=True

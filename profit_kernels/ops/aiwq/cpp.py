@@ -1,8 +1,8 @@
 """AIWQ by the C++ kernels: moments that read each tensor once, and no old output that is written.
 
-A depthwise layer is convolved again row by row (csrc/cpu/aiwq.cpp). Where the weight that gave y_new is known, only what the
-update changed is computed, or nothing but the moments of the input (csrc/cpu/aiwq_update.cpp, aiwq_wide.cpp). Other layers run
-torch's convolution and then the moments.
+The kernels are in csrc/cpu/aiwq. A depthwise layer is convolved again row by row (aiwq.cpp). Where the weight that gave y_new
+is known, only what the update changed is computed (update.cpp), or nothing but the moments of the input (wide.cpp). Other
+layers run torch's convolution and then the moments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Calls of the C++ kernels of the block's input side (csrc/cpu/block.cpp); the convolution behind it is torch's."""
+"""Calls of the C++ kernels of the block's input side (csrc/cpu/norm/input.cpp); the convolution behind it is torch's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of the C++ kernels of the depthwise convolution (csrc/cpu/depthwise.cpp). The plain one is the fused one with both
+"""Calls of the C++ kernels of the depthwise convolution (csrc/cpu/conv/depthwise.cpp). The plain one is the fused one with both
 quantizers absent."""
 
 from __future__ import annotations

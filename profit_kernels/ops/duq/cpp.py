@@ -1,4 +1,4 @@
-"""Calls of the C++ kernels of DuQ (csrc/cpu/duq.cpp)."""
+"""Calls of the C++ kernels of DuQ (csrc/cpu/duq/duq.cpp)."""
 
 from __future__ import annotations
 

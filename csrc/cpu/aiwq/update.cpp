@@ -11,9 +11,9 @@
 #include <algorithm>
 #include <array>
 
-#include "../common/check.h"
+#include "../torch/check.h"
 #include "aiwq.h"
-#include "aiwq_update.h"
+#include "update.h"
 
 namespace profit::cpu {
 

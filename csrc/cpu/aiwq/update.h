@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "aiwq_moments.h"
-#include "depthwise_input.h"
+#include "../conv/rows.h"
+#include "moments.h"
 
 namespace profit::cpu {
 

@@ -2,12 +2,12 @@
 // operators (torch.ops.load_library), so one binary serves every CPython and every torch from 2.11 on.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/aiwq.h"
-#include "cpu/block.h"
-#include "cpu/depthwise.h"
-#include "cpu/duq.h"
-#include "cpu/isa.h"
-#include "cpu/pointwise.h"
+#include "../aiwq/aiwq.h"
+#include "../conv/depthwise.h"
+#include "../conv/pointwise.h"
+#include "../duq/duq.h"
+#include "../norm/input.h"
+#include "../simd/isa.h"
 
 STABLE_TORCH_LIBRARY(profit_cpu, m) {
   m.def(

@@ -1,7 +1,7 @@
 // Rows of a tensor on their way into and out of the depthwise convolution: loading, activation and quantization, the
-// gradient of both, storing. Included once per instruction set by depthwise_loops.h, hence no include guard.
+// gradient of both, storing. Included once per instruction set by conv/loops.h, hence no include guard.
 //
-// In the kernels a row lies as [group of 16 channels][column][16]; see Lanes in depthwise_kernels.h.
+// In the kernels a row lies as [group of 16 channels][column][16]; see Lanes in conv/kernels.h.
 
 namespace PROFIT_ISA {
 

@@ -7,12 +7,12 @@
 #include <limits>
 #include <vector>
 
-#include "../common/check.h"
-#include "block_kernels.h"
-#include "block_walk.h"
-#include "front.h"
-#include "isa.h"
-#include "pointwise_products.h"
+#include "../norm/front.h"
+#include "../norm/kernels.h"
+#include "../norm/walk.h"
+#include "../simd/isa.h"
+#include "../torch/check.h"
+#include "products.h"
 
 namespace profit::cpu {
 

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../common/layout.h"
+#include "../torch/layout.h"
 
 namespace profit::cpu {
 

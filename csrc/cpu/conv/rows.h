@@ -8,8 +8,8 @@
 #include <optional>
 #include <vector>
 
-#include "depthwise_plan.h"
-#include "front.h"
+#include "../norm/front.h"
+#include "plan.h"
 
 namespace profit::cpu {
 

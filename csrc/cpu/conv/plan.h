@@ -9,7 +9,7 @@
 #include <memory>
 #include <vector>
 
-#include "depthwise_kernels.h"
+#include "kernels.h"
 
 namespace profit::cpu {
 

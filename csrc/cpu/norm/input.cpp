@@ -1,5 +1,5 @@
-// BatchNorm, activation and DuQ on the CPU in one pass forward and two backward. The inner loops are in block_loops.h.
-#include "block.h"
+// BatchNorm, activation and DuQ on the CPU in one pass forward and two backward. The inner loops are in norm/loops.h.
+#include "input.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,11 +9,11 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/check.h"
-#include "../common/layout.h"
-#include "block_kernels.h"
-#include "block_walk.h"
+#include "../torch/check.h"
+#include "../torch/layout.h"
 #include "front.h"
+#include "kernels.h"
+#include "walk.h"
 
 namespace profit::cpu {
 

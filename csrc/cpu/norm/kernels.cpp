@@ -1,4 +1,4 @@
-#include "block_kernels.h"
+#include "kernels.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -11,7 +11,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "isa.h"
+#include "../simd/isa.h"
 
 namespace profit::cpu {
 
@@ -21,8 +21,8 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
-#define PROFIT_LOOPS "block_loops.h"
-#include "for_each_isa.h"
+#define PROFIT_LOOPS "../norm/loops.h"
+#include "../simd/for_each_isa.h"
 
 }  // namespace
 

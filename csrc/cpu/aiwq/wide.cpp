@@ -5,7 +5,7 @@
 // under the new weight as under the old. Neither output is read or written; S costs pixels * inputs^2 / 2 products.
 #include <cmath>
 
-#include "aiwq_update.h"
+#include "update.h"
 
 namespace profit::cpu {
 

@@ -1,5 +1,5 @@
 // Means and variances in float64, each tensor read once: sums of y - shift and of its square, with one value of the channel for
-// the shift, so that a large mean cancels before anything is squared. The inner loops are in aiwq_loops.h.
+// the shift, so that a large mean cancels before anything is squared. The inner loops are in aiwq/loops.h.
 #include "aiwq.h"
 
 #include <torch/csrc/stable/library.h>
@@ -7,9 +7,9 @@
 
 #include <cmath>
 
-#include "../common/check.h"
-#include "aiwq_moments.h"
-#include "depthwise_input.h"
+#include "../conv/rows.h"
+#include "../torch/check.h"
+#include "moments.h"
 
 namespace profit::cpu {
 

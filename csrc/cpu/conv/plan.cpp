@@ -1,9 +1,9 @@
-#include "depthwise_plan.h"
+#include "plan.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../common/check.h"
+#include "../torch/check.h"
 
 namespace profit::cpu {
 

@@ -1,9 +1,9 @@
-// The inner loops of the depthwise convolution. Included once per instruction set by depthwise_kernels.cpp, hence no include
+// The inner loops of the depthwise convolution. Included once per instruction set by conv/kernels.cpp, hence no include
 // guard. Sums run over the taps and then over the columns in one order whatever the width of a register: the same bits at every
 // instruction set. No fused multiply-add: memory sets the pace here, and it gains nothing.
-#include "duq_math.h"
-#include "aiwq_loops.h"
-#include "depthwise_rows.h"
+#include "../duq/math.h"
+#include "../aiwq/loops.h"
+#include "row_loops.h"
 
 namespace PROFIT_ISA {
 

@@ -4,10 +4,10 @@
 
 #include <cmath>
 
-#include "../common/layout.h"
-#include "block.h"
+#include "../norm/front.h"
+#include "../norm/input.h"
+#include "../torch/layout.h"
 #include "depthwise.h"
-#include "front.h"
 
 namespace profit::cpu {
 

@@ -1,4 +1,4 @@
-#include "pointwise_products.h"
+#include "products.h"
 
 #include <torch/csrc/stable/ops.h>
 

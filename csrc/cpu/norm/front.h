@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include "../common/check.h"
-#include "duq.h"
-#include "parameters.h"
+#include "../duq/duq.h"
+#include "../torch/check.h"
+#include "../torch/parameters.h"
 
 namespace profit::cpu {
 

@@ -1,6 +1,6 @@
 // The inner loops of a block's input side, over tiles whose lanes have their channels' constants beside them. Included once
-// per instruction set by block_kernels.cpp, hence no include guard.
-#include "duq_math.h"
+// per instruction set by norm/kernels.cpp, hence no include guard.
+#include "../duq/math.h"
 
 namespace PROFIT_ISA {
 

@@ -1,5 +1,5 @@
 // The hot loops of DuQ. duq.cpp includes this file once per instruction set (see for_each_isa.h), hence no include guard.
-#include "duq_math.h"
+#include "math.h"
 
 namespace PROFIT_ISA {
 

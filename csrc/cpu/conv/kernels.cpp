@@ -1,4 +1,4 @@
-#include "depthwise_kernels.h"
+#include "kernels.h"
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
@@ -12,7 +12,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "isa.h"
+#include "../simd/isa.h"
 
 namespace profit::cpu {
 
@@ -22,8 +22,8 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
-#define PROFIT_LOOPS "depthwise_loops.h"
-#include "for_each_isa.h"
+#define PROFIT_LOOPS "../conv/loops.h"
+#include "../simd/for_each_isa.h"
 
 }  // namespace
 

@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "../common/check.h"
-#include "depthwise_plan.h"
+#include "../conv/plan.h"
+#include "../torch/check.h"
 
 namespace profit::cpu {
 

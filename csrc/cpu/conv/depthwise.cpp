@@ -1,5 +1,5 @@
 // The depthwise convolution on the CPU, row by row: nothing is materialised but the output and the input's gradient. The
-// backward computes the quantized input anew from x. The inner loops are in depthwise_loops.h and depthwise_rows.h.
+// backward computes the quantized input anew from x. The inner loops are in conv/loops.h and conv/row_loops.h.
 #include "depthwise.h"
 
 #include <torch/csrc/stable/library.h>
@@ -7,11 +7,11 @@
 
 #include <cmath>
 
-#include "../common/check.h"
-#include "../common/layout.h"
-#include "depthwise_input.h"
-#include "depthwise_plan.h"
-#include "parameters.h"
+#include "../torch/check.h"
+#include "../torch/layout.h"
+#include "../torch/parameters.h"
+#include "plan.h"
+#include "rows.h"
 
 namespace profit::cpu {
 

@@ -9,7 +9,7 @@
 #include <tuple>
 #include <vector>
 
-#include "front.h"
+#include "../norm/front.h"
 
 namespace profit::cpu {
 

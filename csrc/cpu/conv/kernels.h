@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <utility>
 
-#include "duq.h"
-#include "parameters.h"
+#include "../duq/duq.h"
+#include "../torch/parameters.h"
 
 namespace profit::cpu {
 
@@ -52,7 +52,7 @@ struct Wanted {
   bool quantized, normed, weight_grad;
 };
 
-// What each does stands at its definition in depthwise_rows.h, depthwise_loops.h and aiwq_loops.h.
+// What each does stands at its definition in conv/row_loops.h, conv/loops.h and aiwq/loops.h.
 struct RowKernels {
   void (*load)(const void* from, Strides, float* to, int64_t columns, int64_t channels, int64_t groups, int64_t multiplier);
   void (*store)(const float* from, void* to, Strides, int64_t columns, int64_t channels, int64_t groups, int64_t multiplier);

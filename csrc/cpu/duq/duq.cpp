@@ -1,4 +1,4 @@
-// DuQ on the CPU: checks, layouts, work division and the reductions for a and c. The arithmetic is in duq_loops.h.
+// DuQ on the CPU: checks, layouts, work division and the reductions for a and c. The arithmetic is in duq/loops.h.
 // One tensor is a list of one: a whole net's weights go through the same code in one parallel loop.
 #include "duq.h"
 
@@ -16,10 +16,10 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../common/check.h"
-#include "duq_walk.h"
-#include "isa.h"
-#include "parameters.h"
+#include "../simd/isa.h"
+#include "../torch/check.h"
+#include "../torch/parameters.h"
+#include "walk.h"
 
 namespace profit::cpu {
 
@@ -41,8 +41,8 @@ struct Loops {
   bool (*codes)(const void* x, void* codes, int64_t n, const Quantizer<T>& k);
 };
 
-#define PROFIT_LOOPS "duq_loops.h"
-#include "for_each_isa.h"
+#define PROFIT_LOOPS "../duq/loops.h"
+#include "../simd/for_each_isa.h"
 
 template <typename S, typename T>
 Loops<T> loops_for(Activation activation, bool ordinary) {

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "duq.h"
-#include "parameters.h"
+#include "../duq/duq.h"
+#include "../torch/parameters.h"
 
 namespace profit::cpu {
 
@@ -24,7 +24,7 @@ struct LaneSums {
   float *g, *gx, *a, *c;
 };
 
-// What each does stands at its definition in block_loops.h.
+// What each does stands at its definition in norm/loops.h.
 struct BlockKernels {
   void (*widen)(const void* from, float* to, int64_t n);
   void (*narrow)(const float* from, void* to, int64_t n);

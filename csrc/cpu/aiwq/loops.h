@@ -1,4 +1,4 @@
-// Sums for means and variances. Included once per instruction set by depthwise_loops.h, hence no include guard.
+// Sums for means and variances. Included once per instruction set by conv/loops.h, hence no include guard.
 namespace PROFIT_ISA {
 
 // Adds to sums[lane] the sum of y - shift over the columns, and to sums[lanes + lane] that of its square, lanes = 16 * groups.
