@@ -1,5 +1,6 @@
 // Sums for means and variances. Included once per instruction set by conv/loops.h, hence no include guard.
-namespace PROFIT_ISA {
+namespace profit::cpu::PROFIT_ISA {
+namespace {
 
 // Adds to sums[lane] the sum of y - shift over the columns, and to sums[lanes + lane] that of its square, lanes = 16 * groups.
 PROFIT_TARGET inline void add_row(ConstLanes y, const float* shift, int64_t columns, int64_t groups, double* sums) {
@@ -227,4 +228,5 @@ PROFIT_TARGET inline void add_scaled_lanes(
   }
 }
 
-}  // namespace PROFIT_ISA
+}  // namespace
+}  // namespace profit::cpu::PROFIT_ISA

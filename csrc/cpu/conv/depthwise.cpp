@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "../duq/duq.h"
 #include "../torch/check.h"
 #include "../torch/layout.h"
 #include "../torch/parameters.h"

@@ -7,8 +7,7 @@
 #include <cstdint>
 #include <utility>
 
-#include "../duq/duq.h"
-#include "../torch/parameters.h"
+#include "../duq/quantizer.h"
 
 namespace profit::cpu {
 

@@ -5,7 +5,8 @@
 #include "../aiwq/loops.h"
 #include "row_loops.h"
 
-namespace PROFIT_ISA {
+namespace profit::cpu::PROFIT_ISA {
+namespace {
 
 // T columns of an output row: acc = bias + sum over the taps of weight * input. K: kernel width with dilation 1, or 0.
 template <int K, int S, int T>
@@ -207,4 +208,5 @@ inline RowKernels kernels(ScalarType type, const Wanted& wanted, Activation acti
   return result;
 }
 
-}  // namespace PROFIT_ISA
+}  // namespace
+}  // namespace profit::cpu::PROFIT_ISA

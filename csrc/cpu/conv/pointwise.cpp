@@ -38,8 +38,6 @@ bool is_last(const Tensor& x) {
   return true;
 }
 
-bool is_ordinary(float step) { return 0x1p-60f < step && step < 0x1p60f; }
-
 // The steps of the weight's codes, C / s, per output channel.
 std::vector<float> weight_steps(const Tensor& c_w, int64_t bits, int64_t outputs) {
   std::vector<float> steps = values<float>(c_w);
@@ -47,7 +45,7 @@ std::vector<float> weight_steps(const Tensor& c_w, int64_t bits, int64_t outputs
       steps.size() == 1 || static_cast<int64_t>(steps.size()) == outputs, "block: the weight's scale must have 1 or ", outputs,
       " values");
   for (float& step : steps) {
-    step = softplus(step) / static_cast<float>((int64_t{1} << (bits - 1)) - 1);
+    step = softplus(step) / static_cast<float>(levels(bits, true));
   }
   steps.resize(outputs, steps[0]);
   return steps;
@@ -122,8 +120,8 @@ bool block_pointwise(
   }
   const InputSide input("block", Front(channels, mean, invstd, gamma, beta), a, c, bits, is_signed, offset, activation);
   const std::vector<float> steps = weight_steps(c_w, weight_bits, outputs);
-  if (!input.quantizer.is_ordinary() || !is_ordinary(input.quantizer.step) ||
-      !std::all_of(steps.begin(), steps.end(), is_ordinary)) {
+  if (!input.quantizer.is_ordinary() || !is_ordinary<float>(input.quantizer.step) ||
+      !std::all_of(steps.begin(), steps.end(), is_ordinary<float>)) {
     return false;
   }
   const Tensor dense = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);

@@ -47,11 +47,11 @@ PackedWeight::PackedWeight(const float* weight, int64_t outputs_, int64_t inputs
 
 namespace {
 
-#define PROFIT_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#define PROFIT_VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 
 // `kRows` rows of codes by `kRegisters` registers of output channels; `count` rows and `columns` channels are written.
 template <int kRows, int kRegisters>
-PROFIT_TARGET void products(
+PROFIT_VNNI void products(
     const uint8_t* codes, const int8_t* weight, int64_t inputs, const int32_t* start, const float* scale, const float* shift,
     float* y, int64_t stride, int64_t count, int64_t columns) {
   __m512i sums[kRows][kRegisters];
@@ -98,7 +98,7 @@ PROFIT_TARGET void products(
 }
 
 template <int kRows, int kRegisters>
-PROFIT_TARGET void panel(
+PROFIT_VNNI void panel(
     const uint8_t* codes, int64_t rows, const int8_t* weight, int64_t inputs, const int32_t* start, const float* scale,
     const float* shift, float* y, int64_t stride, int64_t columns) {
   for (int64_t row = 0; row < rows; row += kRows) {
@@ -108,7 +108,7 @@ PROFIT_TARGET void panel(
   }
 }
 
-#undef PROFIT_TARGET
+#undef PROFIT_VNNI
 
 }  // namespace
 

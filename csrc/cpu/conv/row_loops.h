@@ -3,7 +3,8 @@
 //
 // In the kernels a row lies as [group of 16 channels][column][16]; see Lanes in conv/kernels.h.
 
-namespace PROFIT_ISA {
+namespace profit::cpu::PROFIT_ISA {
+namespace {
 
 // What stands in front of the activation: nothing, or a BatchNorm as scale and shift of every lane.
 struct NoFront {
@@ -237,4 +238,5 @@ void use_type(RowKernels& kernels) {
   kernels.round = round_row<S>;
 }
 
-}  // namespace PROFIT_ISA
+}  // namespace
+}  // namespace profit::cpu::PROFIT_ISA

@@ -7,18 +7,12 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <atomic>
-#include <cstring>
-#include <type_traits>
 
-#include "../simd/isa.h"
 #include "../torch/check.h"
 #include "../torch/parameters.h"
+#include "kernels.h"
 #include "walk.h"
 
 namespace profit::cpu {
@@ -28,36 +22,6 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
-
-struct Sums {
-  double a = 0;  // sum of g * (C/A) * u over the elements inside: -dL/dA
-  double c = 0;  // sum of g * code: s * dL/dC
-};
-
-template <typename T>
-struct Loops {
-  void (*forward)(const void* x, void* y, int64_t n, const Quantizer<T>& k);
-  void (*backward)(const void* grad, const void* x, void* gx, int64_t n, const Quantizer<T>& k, Sums& sums);
-  bool (*codes)(const void* x, void* codes, int64_t n, const Quantizer<T>& k);
-};
-
-#define PROFIT_LOOPS "../duq/loops.h"
-#include "../simd/for_each_isa.h"
-
-template <typename S, typename T>
-Loops<T> loops_for(Activation activation, bool ordinary) {
-#if defined(__x86_64__)
-  switch (ordinary ? static_cast<Isa>(isa()) : Isa::baseline) {
-    case Isa::avx512:
-      return avx512::loops<S, T>(activation);
-    case Isa::avx2:
-      return avx2::loops<S, T>(activation);
-    case Isa::baseline:
-      break;
-  }
-#endif
-  return baseline::loops<S, T>(activation);
-}
 
 struct Settings {
   bool is_signed;

@@ -11,8 +11,6 @@ namespace profit::cpu {
 
 using torch::stable::Tensor;
 
-enum class Activation : int64_t { none = 0, relu = 1, relu6 = 2, hardswish = 3 };
-
 // x: any shape and strides, float32 / bfloat16 / float16 / float64. a, c: the raw parameters, one value or one per index
 // of dimension 0 of x, taken as float32 (float64 with a float64 x). Returns y like x: dtype, memory format.
 Tensor duq_forward(

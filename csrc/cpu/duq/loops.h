@@ -1,7 +1,8 @@
-// The hot loops of DuQ. duq.cpp includes this file once per instruction set (see for_each_isa.h), hence no include guard.
+// The hot loops of DuQ. Included once per instruction set by duq/kernels.cpp, hence no include guard.
 #include "math.h"
 
-namespace PROFIT_ISA {
+namespace profit::cpu::PROFIT_ISA {
+namespace {
 
 // Elements after which float32 sums are added to those in double, and the size of the buffers of 16-bit types, which stay
 // in the first-level cache.
@@ -194,4 +195,5 @@ Loops<T> loops(Activation activation) {
   return loops_of<S, T, Activation::none>();
 }
 
-}  // namespace PROFIT_ISA
+}  // namespace
+}  // namespace profit::cpu::PROFIT_ISA

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "../duq/duq.h"
+#include "../duq/quantizer.h"
 #include "../torch/check.h"
 #include "../torch/parameters.h"
 

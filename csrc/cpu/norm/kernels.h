@@ -5,8 +5,7 @@
 
 #include <cstdint>
 
-#include "../duq/duq.h"
-#include "../torch/parameters.h"
+#include "../duq/quantizer.h"
 
 namespace profit::cpu {
 

@@ -2,26 +2,8 @@
 // per instruction set by norm/kernels.cpp, hence no include guard.
 #include "../duq/math.h"
 
-namespace PROFIT_ISA {
-
-// n elements of a register, at most PROFIT_LANES; the others are 0.
-PROFIT_INLINE Vec load_some(const float* p, int64_t n) {
-  if (n == PROFIT_LANES) {
-    return load(p);
-  }
-  float some[PROFIT_LANES] = {};
-  std::copy_n(p, n, some);
-  return load(some);
-}
-
-PROFIT_INLINE void store_some(float* p, Vec v, int64_t n) {
-  if (n == PROFIT_LANES) {
-    return store(p, v);
-  }
-  float some[PROFIT_LANES];
-  store(some, v);
-  std::copy_n(some, n, p);
-}
+namespace profit::cpu::PROFIT_ISA {
+namespace {
 
 // duq(act(v)), or act(v) alone, of v = alpha * x + shift.
 template <Activation act, bool quantized>
@@ -210,4 +192,5 @@ inline BlockKernels kernels(ScalarType type, bool quantized, Activation activati
   return result;
 }
 
-}  // namespace PROFIT_ISA
+}  // namespace
+}  // namespace profit::cpu::PROFIT_ISA

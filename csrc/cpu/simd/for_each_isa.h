@@ -2,32 +2,30 @@
 //   PROFIT_ISA      is the namespace,
 //   PROFIT_TARGET   the attribute of a function that is called through a pointer,
 //   PROFIT_INLINE   that of one that is inlined into such functions,
-//   PROFIT_LANES    the number of floats in a register,
-//   PROFIT_HAS_FMA  1 where a fused multiply-add is one instruction.
+//   PROFIT_LANES    the number of floats in a register.
+// A loops file opens an unnamed namespace in profit::cpu::PROFIT_ISA: another may have functions of the same names.
+#include "prelude.h"
+
 #define PROFIT_ISA baseline
 #define PROFIT_TARGET
 #define PROFIT_INLINE inline __attribute__((always_inline))
 #define PROFIT_LANES 4
-#define PROFIT_HAS_FMA 0
 #include PROFIT_LOOPS
 #undef PROFIT_ISA
 #undef PROFIT_TARGET
 #undef PROFIT_INLINE
 #undef PROFIT_LANES
-#undef PROFIT_HAS_FMA
 
 #if defined(__x86_64__)
 #define PROFIT_ISA avx2
 #define PROFIT_TARGET __attribute__((target("avx2,fma,f16c")))
 #define PROFIT_INLINE inline __attribute__((always_inline, target("avx2,fma,f16c")))
 #define PROFIT_LANES 8
-#define PROFIT_HAS_FMA 1
 #include PROFIT_LOOPS
 #undef PROFIT_ISA
 #undef PROFIT_TARGET
 #undef PROFIT_INLINE
 #undef PROFIT_LANES
-#undef PROFIT_HAS_FMA
 
 #if defined(__clang__)
 #define PROFIT_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
@@ -39,13 +37,11 @@
 #define PROFIT_TARGET __attribute__((target(PROFIT_AVX512)))
 #define PROFIT_INLINE inline __attribute__((always_inline, target(PROFIT_AVX512)))
 #define PROFIT_LANES 16
-#define PROFIT_HAS_FMA 1
 #include PROFIT_LOOPS
 #undef PROFIT_ISA
 #undef PROFIT_TARGET
 #undef PROFIT_INLINE
 #undef PROFIT_LANES
-#undef PROFIT_HAS_FMA
 #undef PROFIT_AVX512
 #endif
 

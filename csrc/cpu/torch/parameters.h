@@ -1,4 +1,4 @@
-// The raw parameters a and c of a quantizer: their values, what acts of them, and their gradients.
+// The raw parameters a and c of a quantizer: their values, and their gradients.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -12,35 +12,6 @@
 namespace profit::cpu {
 
 using torch::stable::Tensor;
-
-// A, C: clipping interval and output scale; d: offset; lo: lower end of the clip; s: number of steps.
-// inverse = 1 / A; low = lo * A; step = C / s; ratio = C / A.
-template <typename T>
-struct Quantizer {
-  T A, inverse, d, lo, low, s, step, ratio;
-
-  Quantizer() = default;
-  Quantizer(T A, T C, int64_t bits, bool is_signed, double offset)
-      : A(A),
-        inverse(T(1) / A),
-        d(static_cast<T>(offset)),
-        lo(is_signed ? T(-1) : T(0)),
-        low(lo * A),
-        s(static_cast<T>(is_signed ? (int64_t{1} << (bits - 1)) - 1 : (int64_t{1} << bits) - 1)),
-        step(C / s),
-        ratio(C / A) {}
-
-  // The loops that divide by way of the inverse need room above and below A.
-  bool is_ordinary() const { return T(0x1p-60) < A && A < T(0x1p60); }
-};
-
-// As torch.nn.functional.softplus of a double: the identity above 20. A float goes through double, so that every backend has
-// the same bits, which decide the codes. At least 2^-100, in every backend: by an interval of 0 a quotient would be NaN.
-template <typename T>
-T softplus(T v) {
-  const T value = v > T(20) ? v : static_cast<T>(std::log1p(std::exp(static_cast<double>(v))));
-  return value < T(0x1p-100) ? T(0x1p-100) : value;  // a NaN stays
-}
 
 inline double sigmoid(double v) { return 1.0 / (1.0 + std::exp(-v)); }
 
