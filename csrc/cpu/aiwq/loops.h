@@ -1,4 +1,7 @@
-// Sums for means and variances. Included once per instruction set by conv/loops.h, hence no include guard.
+// The inner loops of AIWQ: sums for means and variances, and what pointwise layers compute. Included once per instruction set by
+// aiwq/kernels.cpp, hence no include guard.
+#include "../simd/vec.h"
+
 namespace profit::cpu::PROFIT_ISA {
 namespace {
 
@@ -146,7 +149,7 @@ PROFIT_TARGET inline int64_t differences(
   return count;
 }
 
-// Some channels of n pixels, `stride` apart at each of `at`, to to[channel][kTile].
+// Some channels of n pixels, `stride` apart at each of `at`, to to[channel][kTilePixels].
 PROFIT_TARGET inline void gather(
     const float* const* at, int64_t n, int64_t first, int64_t channels, int64_t stride, float* to) {
   const int64_t whole_channels = stride == 1 ? channels / 4 * 4 : 0, whole_pixels = n / 4 * 4;
@@ -158,12 +161,12 @@ PROFIT_TARGET inline void gather(
     }
     for (int64_t c = 0; c < whole_channels; c += 4) {
       const float* rows[4] = {at[p] + first + c, at[p + 1] + first + c, at[p + 2] + first + c, at[p + 3] + first + c};
-      transpose4(rows, to + c * kTile + p, kTile);
+      transpose4(rows, to + c * kTilePixels + p, kTilePixels);
     }
   }
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t p = c < whole_channels ? whole_pixels : 0; p < n; ++p) {
-      to[c * kTile + p] = at[p][(first + c) * stride];
+      to[c * kTilePixels + p] = at[p][(first + c) * stride];
     }
   }
 }
@@ -176,13 +179,13 @@ PROFIT_TARGET inline void scale(float* to, const float* from, float factor, floa
   }
 }
 
-// Adds to row t.first of `to`, kTile long each, t.second times `from`, for each of the taps t.
+// Adds to row t.first of `to`, kTilePixels long each, t.second times `from`, for each of the taps t.
 PROFIT_TARGET inline void add_taps(float* to, const float* from, const std::pair<int32_t, float>* taps, int64_t count) {
   for (int64_t t = 0; t < count; ++t) {
-    float* row = to + taps[t].first * kTile;
+    float* row = to + taps[t].first * kTilePixels;
     const Vec f = splat<Vec>(taps[t].second);
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < kTile; i += PROFIT_LANES) {
+    for (int64_t i = 0; i < kTilePixels; i += PROFIT_LANES) {
       store(row + i, load(row + i) + f * load(from + i));
     }
   }
@@ -226,6 +229,10 @@ PROFIT_TARGET inline void add_scaled_lanes(
       }
     }
   }
+}
+
+inline AiwqKernels kernels() {
+  return {add_row, add_run, add_second_moments, add_taps, add_scaled_lanes, gather, largest, differences, scale, rows_times};
 }
 
 }  // namespace

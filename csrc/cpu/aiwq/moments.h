@@ -9,6 +9,7 @@
 
 #include "../conv/plan.h"
 #include "../torch/check.h"
+#include "kernels.h"
 
 namespace profit::cpu {
 

@@ -13,6 +13,41 @@
 
 namespace profit::cpu {
 
+// w_old = alpha * w_new + delta, per output channel.
+struct Update {
+  int64_t taps;
+  std::vector<float> alpha;
+  std::vector<int64_t> changed;  // weights that differ, per channel
+  std::vector<int64_t> place;    // of the differences of a channel that has any, in `delta`
+  std::vector<float> delta;
+
+  // Both contiguous in float32, of one shape.
+  Update(const Tensor& fresh, const Tensor& old, const AiwqKernels& loops);
+
+  // The differences of a channel that has any.
+  const float* of(int64_t c) const { return delta.data() + place[c]; }
+
+  // Of the weights that differ.
+  double share() const;
+};
+
+struct Layer {
+  const Tensor &x, &y_new;
+  const Update& update;
+  const std::vector<float>& bias;
+  const InputSide& input;
+  const RowKernels& kernels;
+  const AiwqKernels& loops;
+  const std::vector<float>& shift;
+
+  // What alpha leaves of the bias.
+  float rest_of_bias(int64_t c) const { return (1.0f - update.alpha[c]) * bias[c]; }
+};
+
+// The moments under the old weight of the channels whose weights changed; those of the others are left as they are.
+void depthwise_moments(const Layer& layer, const Geometry& g, float border, Moments& old);
+void pointwise_moments(const Layer& layer, const std::vector<int64_t>& stride, Moments& old);
+
 // Whether a pointwise layer's moments are cheaper to have from its input than from its outputs.
 bool is_wide(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride);
 

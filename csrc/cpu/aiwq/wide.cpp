@@ -57,6 +57,7 @@ std::pair<Moments, Moments> wide_moments(
   const TensorRows rows = TensorRows::of(x, false);
   const std::vector<Run> runs = runs_of(x, rows);
   const int64_t count = runs.size(), parts = std::min(kParts, count);
+  const AiwqKernels loops = aiwq_kernels();
 
   std::vector<float> alpha = input.front.alpha, offset = input.front.shift;
   alpha.resize(width, 0.0f);
@@ -86,7 +87,7 @@ std::pair<Moments, Moments> wide_moments(
     for (int64_t part = begin; part < end; ++part) {
       for (int64_t r = part * count / parts; r < (part + 1) * count / parts; ++r) {
         quantize(runs[r], loaded, q);
-        kernels.add_second_moments(
+        loops.add_second_moments(
             {q, runs[r].n * kGroup, kGroup}, shift.data(), runs[r].n, groups, first.data() + part * width,
             second.data() + part * width * width);
       }
@@ -134,7 +135,7 @@ std::pair<Moments, Moments> wide_moments(
           w[k] = weight + o * inputs;
           m[k] = bias[o];
         }
-        kernels.rows_times(w, covariance.data(), products.data(), inputs, width);
+        loops.rows_times(w, covariance.data(), products.data(), inputs, width);
         for (int64_t i = 0; i < inputs; ++i) {
           for (int64_t k = 0; k < kRowsTimes; ++k) {
             m[k] += static_cast<double>(w[k][i]) * mean[i];

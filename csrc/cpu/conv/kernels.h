@@ -5,7 +5,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
-#include <utility>
 
 #include "../duq/quantizer.h"
 
@@ -13,8 +12,6 @@ namespace profit::cpu {
 
 // Channels that lie together in the buffers: one 512-bit register of floats.
 constexpr int64_t kGroup = 16;
-// Pixels that a pointwise layer computes at a time.
-constexpr int64_t kTile = 64;
 
 // A row in memory: 16 channels of group m at column i start at p + m * group + i * column. The row that will be read next starts
 // at p + ahead, for prefetching.
@@ -42,16 +39,13 @@ struct FrontLanes {
   const float *alpha, *shift, *mean;
 };
 
-// Rows that are multiplied by a matrix at once (rows_times).
-constexpr int64_t kRowsTimes = 4;
-
 // Which loops a layer needs. `quantized` false lets act(v) pass through; `normed`: there is a BatchNorm; `weight_grad`: the
 // gradient of the weight is asked for.
 struct Wanted {
   bool quantized, normed, weight_grad;
 };
 
-// What each does stands at its definition in conv/row_loops.h, conv/loops.h and aiwq/loops.h.
+// What each does stands at its definition in conv/row_loops.h and conv/loops.h.
 struct RowKernels {
   void (*load)(const void* from, Strides, float* to, int64_t columns, int64_t channels, int64_t groups, int64_t multiplier);
   void (*store)(const float* from, void* to, Strides, int64_t columns, int64_t channels, int64_t groups, int64_t multiplier);
@@ -63,18 +57,6 @@ struct RowKernels {
   void (*finish)(
       ConstLanes gq, ConstLanes x, const float* u, const float* slope, Lanes gx, int64_t columns, int64_t groups,
       const Quantizer<float>&, const FrontLanes&, float* row_sums, double* sums);
-  void (*add_moments)(ConstLanes y, const float* shift, int64_t columns, int64_t groups, double* sums);
-  void (*add_run_moments)(const float* y, float shift, int64_t n, double& first, double& second);
-  void (*add_second_moments)(
-      Lanes q, const float* shift, int64_t columns, int64_t groups, double* first, double* second);
-  void (*add_taps)(float* to, const float* from, const std::pair<int32_t, float>* taps, int64_t count);
-  void (*gather)(const float* const* at, int64_t n, int64_t first, int64_t channels, int64_t stride, float* to);
-  float (*largest)(const float* w, int64_t n);
-  int64_t (*differences)(const float* w_new, const float* w_old, float alpha, float* delta, int64_t n);
-  void (*scale)(float* to, const float* from, float factor, float constant, int64_t n);
-  void (*rows_times)(const float* const* w, const float* matrix, float* to, int64_t inputs, int64_t width);
-  void (*add_scaled_lanes)(
-      Lanes to, ConstLanes from, const float* factor, const float* constant, int64_t columns, int64_t groups);
   void (*sum)(const float* g, float* sums, int64_t columns, int64_t groups);
   void (*forward)(
       const float* const* rows, int64_t row_group, const float* weight, int64_t lanes, const float* bias, Lanes out,

@@ -2,7 +2,6 @@
 // guard. Sums run over the taps and then over the columns in one order whatever the width of a register: the same bits at every
 // instruction set. No fused multiply-add: memory sets the pace here, and it gains nothing.
 #include "../duq/math.h"
-#include "../aiwq/loops.h"
 #include "row_loops.h"
 
 namespace profit::cpu::PROFIT_ISA {
@@ -181,16 +180,6 @@ inline RowKernels kernels(ScalarType type, const Wanted& wanted, Activation acti
     use_rows<NoFront>(result, wanted.quantized, activation);
   }
   result.sum = sum_row;
-  result.add_moments = add_row;
-  result.add_run_moments = add_run;
-  result.add_second_moments = add_second_moments;
-  result.add_taps = add_taps;
-  result.gather = gather;
-  result.largest = largest;
-  result.differences = differences;
-  result.scale = scale;
-  result.rows_times = rows_times;
-  result.add_scaled_lanes = add_scaled_lanes;
   use_taps<0, 0>(result, wanted.weight_grad);
   if (taps.dilation == 1 && taps.stride <= 2) {
     switch (taps.kw) {
