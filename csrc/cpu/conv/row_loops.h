@@ -34,11 +34,7 @@ PROFIT_TARGET void quantize_row(
 #pragma GCC unroll 4
       for (int64_t j = 0; j < kGroup; j += PROFIT_LANES) {
         const Vec v = front(load(from + j), m * kGroup + j);
-        if constexpr (quantized) {
-          store(to + j, k.value(k.code(k.clipped<act>(v))));
-        } else {
-          store(to + j, activate<act>(v));
-        }
+        store(to + j, quantized_act<act, quantized>(v, k));
       }
     }
   }
@@ -68,8 +64,7 @@ PROFIT_TARGET void quantize_row_keeping(
           store(to + j, activate<act>(v));
         }
         if constexpr (act != Activation::none) {
-          const Vec grad = activate_grad<act>(v);
-          store(slope + kept + j, v == v ? grad : Vec{});
+          store(slope + kept + j, activate_grad<act>(v));
         }
       }
     }
@@ -98,17 +93,9 @@ PROFIT_TARGET void finish_row(
         const int64_t kept = (m * columns + i) * kGroup + j;
         float* to = gx.at(m, i) + j;
         __builtin_prefetch(to + gx.ahead, 1);
-        const Vec g = load(gq.at(m, i) + j);
-        Vec gv = g;
-        if constexpr (quantized) {
-          const Vec v = load(u + kept);
-          gv = g * k.slope(v);
-          sum_a += gv * v;
-          sum_c += g * k.code(v);
-        }
-        if constexpr (act != Activation::none) {
-          gv *= load(slope + kept);
-        }
+        const Vec clipped = quantized ? load(u + kept) : Vec{};
+        const Vec act_slope = act != Activation::none ? load(slope + kept) : Vec{};
+        Vec gv = quantized_act_grad<act, quantized>(load(gq.at(m, i) + j), clipped, act_slope, k, sum_a, sum_c);
         if constexpr (Front::normed) {
           sum_g += gv;
           sum_gx += gv * (load(x.at(m, i) + j) - mean);

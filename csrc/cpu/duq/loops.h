@@ -31,12 +31,12 @@ PROFIT_INLINE void forward_stretch(
 }
 
 template <Activation act, bool code_alone>
-PROFIT_INLINE void forward_stretch(const double* x, double* y, int64_t n, const Quantizer<double>& k) {
+PROFIT_INLINE void forward_stretch(const double* x, double* y, int64_t n, const Quantizer<double>& quantizer) {
+  const DoubleQuantizer k{quantizer};
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const double u = clamp((activate<act>(x[i]) - k.d) / k.A, k.lo, 1.0);
-    const double code = round_half_even(u * k.s);
-    y[i] = code_alone ? code : code * k.step + k.d;
+    const double code = k.code(k.clipped<act>(x[i]));
+    y[i] = code_alone ? code : k.value(code);
   }
 }
 
@@ -50,14 +50,10 @@ struct LaneSums {
   }
 };
 
-// One register of dL/dx; adds the terms of -dL/dA and of s * dL/dC.
-template <Activation act>
-PROFIT_INLINE Vec backward_register(Vec g, Vec x, const VecQuantizer& k, Vec& sum_a, Vec& sum_c) {
-  const Vec u = k.clipped<act>(x);
-  const Vec gh = g * k.slope(u);
-  sum_a += gh * u;
-  sum_c += g * k.code(u);
-  return act == Activation::none ? gh : gh * activate_grad<act>(x);
+// dL/dx; adds the terms of -dL/dA and of s * dL/dC.
+template <Activation act, typename V, typename K>
+PROFIT_INLINE V backward_one(V g, V x, const K& k, V& sum_a, V& sum_c) {
+  return quantized_act_grad<act, true>(g, k.template clipped<act>(x), activate_grad<act>(x), k, sum_a, sum_c);
 }
 
 // Up to kStretch elements.
@@ -73,7 +69,7 @@ PROFIT_INLINE void backward_stretch(
 #pragma GCC unroll 4
     for (int64_t r = 0; r < kRegisters; ++r) {
       const int64_t at = i + r * PROFIT_LANES;
-      store(gx + at, backward_register<act>(load(grad + at), load(x + at), k, sum_a[r], sum_c[r]));
+      store(gx + at, backward_one<act>(load(grad + at), load(x + at), k, sum_a[r], sum_c[r]));
     }
   }
   if (i < n) {
@@ -83,7 +79,7 @@ PROFIT_INLINE void backward_stretch(
 #pragma GCC unroll 4
     for (int64_t r = 0; r < kRegisters; ++r) {
       const int64_t at = r * PROFIT_LANES;
-      store(out + at, backward_register<act>(load(g + at), load(in + at), k, sum_a[r], sum_c[r]));
+      store(out + at, backward_one<act>(load(g + at), load(in + at), k, sum_a[r], sum_c[r]));
     }
     std::copy_n(out, n - i, gx + i);
   }
@@ -101,13 +97,10 @@ PROFIT_INLINE void backward_stretch(
 
 template <Activation act>
 PROFIT_INLINE void backward_stretch(
-    const double* grad, const double* x, double* gx, int64_t n, const Quantizer<double>& k, LaneSums& sums) {
+    const double* grad, const double* x, double* gx, int64_t n, const Quantizer<double>& quantizer, LaneSums& sums) {
+  const DoubleQuantizer k{quantizer};
   for (int64_t i = 0; i < n; ++i) {
-    const double u = clamp((activate<act>(x[i]) - k.d) / k.A, k.lo, 1.0);
-    const double gh = grad[i] * ((u > k.lo) & (u < 1.0) ? k.ratio : 0.0);
-    gx[i] = gh * activate_grad<act>(x[i]);
-    sums.a[i % kLanes] += gh * u;
-    sums.c[i % kLanes] += grad[i] * round_half_even(u * k.s);
+    gx[i] = backward_one<act>(grad[i], x[i], k, sums.a[i % kLanes], sums.c[i % kLanes]);
   }
 }
 

@@ -54,6 +54,7 @@ PROFIT_INLINE V activate(V x) {
   }
 }
 
+// 0 for a NaN.
 template <Activation act, typename V>
 PROFIT_INLINE V activate_grad(V x) {
   const V zero = splat<V>(0), one = splat<V>(1);
@@ -64,8 +65,8 @@ PROFIT_INLINE V activate_grad(V x) {
     return (x > zero) & (x < splat<V>(6)) ? one : zero;
   } else if constexpr (act == Activation::hardswish) {
     const V three = splat<V>(3);
-    const V slope = x < three ? third(x) + splat<V>(0.5) : one;  // 1 for NaN, whose gradient is 0 already
-    return x <= -three ? zero : slope;
+    const V slope = x < three ? third(x) + splat<V>(0.5) : one;
+    return x > -three ? slope : zero;
   } else {
     return one;
   }
@@ -94,6 +95,43 @@ struct VecQuantizer {
   // C / A inside the clip, else 0: a factor, so that a NaN in the upstream gradient stays one.
   PROFIT_INLINE Vec slope(Vec u) const { return (u > lo) & (u < splat<Vec>(1)) ? ratio : Vec{}; }
 };
+
+// The same for doubles, one by one.
+struct DoubleQuantizer {
+  const Quantizer<double>& k;
+
+  template <Activation act>
+  PROFIT_INLINE double clipped(double x) const {
+    return clamp((activate<act>(x) - k.d) / k.A, k.lo, 1.0);
+  }
+  PROFIT_INLINE double code(double u) const { return round_half_even(u * k.s); }
+  PROFIT_INLINE double value(double code) const { return code * k.step + k.d; }
+  PROFIT_INLINE double slope(double u) const { return (u > k.lo) & (u < 1.0) ? k.ratio : 0.0; }
+};
+
+// duq(act(v)), or act(v) alone.
+template <Activation act, bool quantized, typename V, typename K>
+PROFIT_INLINE V quantized_act(V v, const K& k) {
+  if constexpr (quantized) {
+    return k.value(k.code(k.template clipped<act>(v)));
+  } else {
+    return activate<act>(v);
+  }
+}
+
+// dL/dv from the gradient g of quantized_act(v), with u = clipped(v) and slope = act'(v). Adds the terms of -dL/dA and of s * dL/dC.
+template <Activation act, bool quantized, typename V, typename K>
+PROFIT_INLINE V quantized_act_grad(V g, V u, V slope, const K& k, V& sum_a, V& sum_c) {
+  if constexpr (quantized) {
+    sum_c += g * k.code(u);
+    g *= k.slope(u);
+    sum_a += g * u;  // a NaN is seen in the sum
+  }
+  if constexpr (act != Activation::none) {
+    g *= slope;
+  }
+  return g;
+}
 
 }  // namespace
 }  // namespace profit::cpu::PROFIT_ISA

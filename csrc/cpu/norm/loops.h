@@ -14,11 +14,7 @@ PROFIT_TARGET void input(
     for (int64_t i = 0; i < tile.lanes; i += PROFIT_LANES) {
       const int64_t n = std::min<int64_t>(PROFIT_LANES, tile.lanes - i), at = row * tile.lanes + i;
       const Vec v = load_some(x + at, n) * load(front.alpha + i) + load(front.shift + i);
-      if constexpr (quantized) {
-        store_some(y + at, k.value(k.code(k.clipped<act>(v))), n);
-      } else {
-        store_some(y + at, activate<act>(v), n);
-      }
+      store_some(y + at, quantized_act<act, quantized>(v, k), n);
     }
   }
 }
@@ -69,17 +65,8 @@ PROFIT_TARGET void input_backward(
       __builtin_prefetch(g + at + tile.size());
       const Vec from = load_some(x + at, n);
       const Vec v = from * alpha + shift;
-      Vec gv = load_some(g + at, n);
-      if constexpr (quantized) {
-        const Vec u = k.clipped<act>(v);
-        of_c += gv * k.code(u);
-        gv *= k.slope(u);
-        of_a += gv * u;  // a NaN is seen in the sum
-      }
-      if constexpr (act != Activation::none) {
-        const Vec slope = activate_grad<act>(v);
-        gv *= v == v ? slope : Vec{};
-      }
+      const Vec gv = quantized_act_grad<act, quantized>(
+          load_some(g + at, n), k.clipped<act>(v), activate_grad<act>(v), k, of_a, of_c);
       of_g += gv;
       of_gx += gv * (from - mean);
       store_some(gx + at, gv * alpha, n);
