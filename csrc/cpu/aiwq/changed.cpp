@@ -1,5 +1,5 @@
-// The moments of the channels whose weights changed: what changed is convolved anew. For depthwise layers that is done for the groups
-// of channels that hold one, for pointwise layers tap by tap, over 64 pixels at a time.
+// The moments of the channels whose weights changed: what changed is convolved anew. Depthwise layers do so for the groups of
+// channels that hold one, pointwise layers tap by tap, over 64 pixels at a time.
 #include <algorithm>
 #include <array>
 
@@ -90,7 +90,8 @@ void pointwise_moments(const Layer& layer, const std::vector<int64_t>& stride, M
   std::vector<double> sums(tasks * count * 2, 0.0);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     Scratch scratch((kBlock + 1 + count) * kTilePixels);
-    float *gathered = scratch.take(kBlock * kTilePixels), *q = scratch.take(kTilePixels), *y_old = scratch.take(count * kTilePixels);
+    float *gathered = scratch.take(kBlock * kTilePixels), *q = scratch.take(kTilePixels);
+    float* y_old = scratch.take(count * kTilePixels);
     std::fill_n(gathered, kBlock * kTilePixels, 0.0f);
     const float *x_at[kTilePixels], *y_at[kTilePixels];
     for (int64_t first = begin * kPixels; first < std::min(end * kPixels, pixels); first += kTilePixels) {
@@ -108,7 +109,8 @@ void pointwise_moments(const Layer& layer, const std::vector<int64_t>& stride, M
           held = group;
         }
         layer.loops.scale(
-            y_old + o * kTilePixels, gathered + (c - group) * kTilePixels, layer.update.alpha[c], layer.rest_of_bias(c), kTilePixels);
+            y_old + o * kTilePixels, gathered + (c - group) * kTilePixels, layer.update.alpha[c], layer.rest_of_bias(c),
+            kTilePixels);
       }
       held = -1;
       std::array<float, kGroup> scale, offset;  // of one channel's BatchNorm, beside 16 of its pixels

@@ -10,19 +10,15 @@
 namespace profit::cpu {
 
 Tensor aiwq_depthwise(
-    Tensor x, Tensor y_new, Tensor weight_old, std::optional<Tensor> bias, std::vector<int64_t> stride,
-    std::vector<int64_t> padding, std::vector<int64_t> dilation, double pad_value, std::optional<Tensor> a_x,
-    std::optional<Tensor> c_x, std::optional<int64_t> act_bits, bool is_signed, double offset, int64_t activation,
-    double eps, std::optional<Tensor> mean, std::optional<Tensor> invstd, std::optional<Tensor> gamma,
-    std::optional<Tensor> beta) {
-  const Geometry g = geometry(x, weight_old, stride, padding, dilation);
+    Tensor x, Tensor y_new, Tensor weight_old, std::optional<Tensor> bias, Convolution convolution, RawQuantizer quantizer,
+    double eps, Norm norm) {
+  const Geometry g = geometry(x, weight_old, convolution);
   check_output(y_new);
   PROFIT_CHECK(
       y_new.size(0) == g.images && y_new.size(1) == g.channels() && y_new.size(2) == g.out_height &&
           y_new.size(3) == g.out_width,
       "aiwq: y_new must have the shape of the layer's output");
-  const InputSide input(
-      "aiwq", Front(x.size(1), mean, invstd, gamma, beta), a_x, c_x, act_bits, is_signed, offset, activation);
+  const InputSide input("aiwq", Front(x.size(1), norm), quantizer);
   const Plan plan(g, g.out_height, g.height * g.width);
   const auto type = y_new.scalar_type();
   const std::vector<float> w = pack(weight_old, type, plan, g.taps());
@@ -33,7 +29,7 @@ Tensor aiwq_depthwise(
       x.scalar_type(), {input.quantized, input.front.present, false}, input.activation, input.quantizer, g.row_taps());
   const RowKernels of_output = plain_kernels(type);
   const AiwqKernels loops = aiwq_kernels();
-  const float border = rounded(rounded(static_cast<float>(pad_value), kernels), of_output);
+  const float border = rounded(rounded(static_cast<float>(convolution.pad_value), kernels), of_output);
   const TensorRows in = TensorRows::of(x, false), fresh = TensorRows::of(y_new, false);
   // The new output's first values serve both: the two lie close together.
   std::vector<float> shift = first_values(y_new, of_output);

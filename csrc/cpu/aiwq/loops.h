@@ -197,7 +197,7 @@ PROFIT_TARGET inline void rows_times(
     const float* const* w, const float* matrix, float* to, int64_t inputs, int64_t width) {
   constexpr int64_t kRegisters = 2;
   for (int64_t first = 0; first < width; first += kRegisters * PROFIT_LANES) {
-    // The last ones twice, where the width is no multiple.
+    // If the width is not a multiple of two registers, the last columns are computed twice.
     const int64_t at = std::min(first, std::max<int64_t>(0, width - kRegisters * PROFIT_LANES));
     const int64_t second = std::min<int64_t>(PROFIT_LANES, width - PROFIT_LANES - at);
     Vec sums[kRowsTimes][kRegisters] = {};

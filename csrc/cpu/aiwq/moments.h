@@ -57,10 +57,11 @@ class TaskSums {
 };
 
 inline void check_output(const Tensor& y) {
+  using torch::headeronly::ScalarType;
   const auto type = y.scalar_type();
   PROFIT_CHECK(y.dim() == 4 && y.is_cpu(), "aiwq: outputs must be [N, C, H, W] on the CPU");
   PROFIT_CHECK(
-      type == torch::headeronly::ScalarType::Float || type == torch::headeronly::ScalarType::BFloat16 || type == torch::headeronly::ScalarType::Half,
+      type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
       "aiwq: outputs must be float32, bfloat16 or float16");
 }
 
@@ -74,7 +75,10 @@ inline Geometry shape_of(const Tensor& y) {
   return g;
 }
 
-inline RowKernels plain_kernels(torch::headeronly::ScalarType type) { return row_kernels(type, {}, Activation::none, {}, {1, 1, 1, 1}); }
+// Those that load and round.
+inline RowKernels plain_kernels(torch::headeronly::ScalarType type) {
+  return row_kernels(type, {}, Activation::none, {}, {1, 1, 1, 1});
+}
 
 // The first value of each channel, 0 in the lanes behind the last.
 inline std::vector<float> first_values(const Tensor& y, const RowKernels& kernels) {

@@ -27,10 +27,11 @@ struct Update {
   // The differences of a channel that has any.
   const float* of(int64_t c) const { return delta.data() + place[c]; }
 
-  // Of the weights that differ.
+  // Of all weights, those that differ.
   double share() const;
 };
 
+// What both ways to the changed channels read.
 struct Layer {
   const Tensor &x, &y_new;
   const Update& update;

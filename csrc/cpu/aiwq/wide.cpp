@@ -128,7 +128,7 @@ std::pair<Moments, Moments> wide_moments(
     torch::stable::parallel_for(0, blocks, ceil_div(1 << 17, inputs * width), [&](int64_t begin, int64_t end) {
       std::vector<float> products(kRowsTimes * width);
       for (int64_t block = begin; block < end; ++block) {
-        const float* w[kRowsTimes];  // the last outputs more than once, where their number is no multiple
+        const float* w[kRowsTimes];  // if there are fewer than that left, the last one again
         double m[kRowsTimes], v[kRowsTimes] = {};
         for (int64_t k = 0; k < kRowsTimes; ++k) {
           const int64_t o = std::min(block * kRowsTimes + k, outputs - 1);

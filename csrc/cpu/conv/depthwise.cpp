@@ -5,12 +5,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
-
-#include "../duq/duq.h"
 #include "../torch/check.h"
 #include "../torch/layout.h"
-#include "../torch/parameters.h"
 #include "plan.h"
 #include "rows.h"
 
@@ -19,14 +15,6 @@ namespace profit::cpu {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-Tensor quantized_weight(
-    const Tensor& weight, const std::optional<Tensor>& a, const std::optional<Tensor>& c, std::optional<int64_t> bits) {
-  PROFIT_CHECK(
-      !bits.has_value() || (2 <= *bits && *bits <= 8 && a.has_value() && c.has_value()),
-      "depthwise: weight_bits must be 2 to 8 and needs the interval a and the scale c");
-  return bits.has_value() ? duq_forward(weight, *a, *c, *bits, true, 0.0, static_cast<int64_t>(Activation::none)) : weight;
-}
 
 // c10::TensorImpl::is_channels_last as torch's convolution asks for it.
 bool suggests_channels_last(const Tensor& t) {
@@ -117,7 +105,7 @@ Tensor like(const Tensor& like, const Tensor& from) {
 Tensor depthwise_forward(
     const Tensor& x, const InputSide& input, const Tensor& weight, const std::optional<Tensor>& bias,
     const Convolution& convolution) {
-  const Geometry g = geometry(x, weight, convolution.stride, convolution.padding, convolution.dilation);
+  const Geometry g = geometry(x, weight, convolution);
   Tensor y = empty(x, weight, g.channels(), g.out_height, g.out_width);
   const Plan plan(g, g.out_height, g.height * g.width);
   if (plan.tasks() == 0) {
@@ -163,7 +151,7 @@ Tensor depthwise_forward(
 DepthwiseGradients depthwise_backward(
     const Tensor& grad, const Tensor& x, const InputSide& input, const Tensor& weight, const std::optional<Tensor>& bias,
     const Convolution& convolution, bool need_weight) {
-  const Geometry g = geometry(x, weight, convolution.stride, convolution.padding, convolution.dilation);
+  const Geometry g = geometry(x, weight, convolution);
   PROFIT_CHECK(
       grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.dim() == 4 && grad.size(0) == g.images &&
           grad.size(1) == g.channels() && grad.size(2) == g.out_height && grad.size(3) == g.out_width,
@@ -251,43 +239,6 @@ DepthwiseGradients depthwise_backward(
     result.of_gx = per_input_channel(partials.gx, plan, g.multiplier);
   }
   return result;
-}
-
-Tensor duq_depthwise_forward(
-    Tensor x, Tensor weight, std::optional<Tensor> a_x, std::optional<Tensor> c_x, std::optional<Tensor> a_w,
-    std::optional<Tensor> c_w, std::optional<Tensor> bias, std::vector<int64_t> stride, std::vector<int64_t> padding,
-    std::vector<int64_t> dilation, std::optional<int64_t> act_bits, std::optional<int64_t> weight_bits, bool is_signed,
-    double offset, int64_t activation, double pad_value) {
-  const InputSide input("depthwise", Front(x.dim() > 1 ? x.size(1) : 0), a_x, c_x, act_bits, is_signed, offset, activation);
-  return depthwise_forward(
-      x, input, quantized_weight(weight, a_w, c_w, weight_bits), bias, {stride, padding, dilation, pad_value});
-}
-
-std::tuple<
-    Tensor, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>,
-    std::optional<Tensor>>
-duq_depthwise_backward(
-    Tensor grad, Tensor x, Tensor weight, std::optional<Tensor> a_x, std::optional<Tensor> c_x,
-    std::optional<Tensor> a_w, std::optional<Tensor> c_w, std::optional<Tensor> bias, std::vector<int64_t> stride,
-    std::vector<int64_t> padding, std::vector<int64_t> dilation, std::optional<int64_t> act_bits,
-    std::optional<int64_t> weight_bits, bool is_signed, double offset, int64_t activation, double pad_value,
-    bool need_weight) {
-  const InputSide input("depthwise", Front(x.dim() > 1 ? x.size(1) : 0), a_x, c_x, act_bits, is_signed, offset, activation);
-  const DepthwiseGradients g = depthwise_backward(
-      grad, x, input, quantized_weight(weight, a_w, c_w, weight_bits), bias, {stride, padding, dilation, pad_value}, need_weight);
-  std::optional<Tensor> gw = g.weight, ga_x, gc_x, ga_w, gc_w;
-  if (act_bits.has_value()) {
-    ga_x = parameter_grad<float>(*a_x, {g.A});
-    gc_x = parameter_grad<float>(*c_x, {g.C});
-  }
-  if (need_weight && weight_bits.has_value()) {
-    auto [through, ga, gc] =
-        duq_backward(*gw, weight, *a_w, *c_w, *weight_bits, true, 0.0, static_cast<int64_t>(Activation::none));
-    gw = through;
-    ga_w = ga;
-    gc_w = gc;
-  }
-  return {g.x, gw, ga_x, gc_x, ga_w, gc_w, g.bias};
 }
 
 }  // namespace profit::cpu

@@ -18,9 +18,8 @@ constexpr int64_t kMinRows = 8;
 
 }  // namespace
 
-Geometry geometry(
-    const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-    const std::vector<int64_t>& dilation) {
+Geometry geometry(const Tensor& x, const Tensor& weight, const Convolution& convolution) {
+  const auto& [stride, padding, dilation, pad_value] = convolution;
   const auto type = x.scalar_type();
   PROFIT_CHECK(
       type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,

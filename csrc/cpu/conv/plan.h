@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "../torch/values.h"
 #include "kernels.h"
 
 namespace profit::cpu {
@@ -29,9 +30,7 @@ struct Geometry {
 };
 
 // Checks shapes and types; raises.
-Geometry geometry(
-    const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-    const std::vector<int64_t>& dilation);
+Geometry geometry(const Tensor& x, const Tensor& weight, const Convolution& convolution);
 
 // Channels of a block: wide enough to read memory in runs, narrow enough that a few rows of it stay in cache.
 constexpr int64_t kBlock = 64;

@@ -119,13 +119,15 @@ PROFIT_INLINE V quantized_act(V v, const K& k) {
   }
 }
 
-// dL/dv from the gradient g of quantized_act(v), with u = clipped(v) and slope = act'(v). Adds the terms of -dL/dA and of s * dL/dC.
+// dL/dv from the gradient g of quantized_act(v), with u = clipped(v) and slope = act'(v). Adds the terms of -dL/dA and of
+// s * dL/dC.
 template <Activation act, bool quantized, typename V, typename K>
 PROFIT_INLINE V quantized_act_grad(V g, V u, V slope, const K& k, V& sum_a, V& sum_c) {
   if constexpr (quantized) {
+    const V inside = g * k.slope(u);
+    sum_a += inside * u;  // a NaN is seen in the sum
     sum_c += g * k.code(u);
-    g *= k.slope(u);
-    sum_a += g * u;  // a NaN is seen in the sum
+    g = inside;
   }
   if constexpr (act != Activation::none) {
     g *= slope;

@@ -138,7 +138,7 @@ void first_pass(
 
 std::pair<std::optional<Tensor>, std::optional<Tensor>> finish_batch_norm(
     Tensor& grad, const Tensor& x, const Front& front, const std::vector<double>& of_g, const std::vector<double>& of_gx,
-    const std::optional<Tensor>& gamma, const std::optional<Tensor>& beta, bool of_batch) {
+    const Norm& norm, bool of_batch) {
   const Walk walk(x);
   const double n = static_cast<double>(walk.samples());
   std::vector<double> g_gamma(walk.channels());
@@ -165,11 +165,11 @@ std::pair<std::optional<Tensor>, std::optional<Tensor>> finish_batch_norm(
     });
   }
   std::optional<Tensor> of_gamma, of_beta;
-  if (gamma.has_value()) {
-    of_gamma = from_values(g_gamma, gamma->scalar_type());
+  if (norm.gamma.has_value()) {
+    of_gamma = from_values(g_gamma, norm.gamma->scalar_type());
   }
-  if (beta.has_value()) {
-    of_beta = from_values(of_g, beta->scalar_type());
+  if (norm.beta.has_value()) {
+    of_beta = from_values(of_g, norm.beta->scalar_type());
   }
   return {of_gamma, of_beta};
 }
@@ -204,14 +204,10 @@ std::tuple<Tensor, Tensor, Tensor> block_moments(Tensor x, double eps) {
   return {from_values(mean, ScalarType::Float), from_values(var, ScalarType::Float), from_values(invstd, ScalarType::Float)};
 }
 
-Tensor block_input(
-    Tensor x, std::optional<Tensor> mean, std::optional<Tensor> invstd, std::optional<Tensor> gamma, std::optional<Tensor> beta,
-    std::optional<Tensor> a, std::optional<Tensor> c, std::optional<int64_t> bits, bool is_signed, double offset,
-    int64_t activation) {
+Tensor block_input(Tensor x, Norm norm, RawQuantizer quantizer) {
   check_input(x);
   const Walk walk(x);
-  const InputSide input(
-      "block", Front(walk.channels(), mean, invstd, gamma, beta), a, c, bits, is_signed, offset, activation);
+  const InputSide input("block", Front(walk.channels(), norm), quantizer);
   const Front& front = input.front;
   const auto kernels = block_kernels(x.scalar_type(), input.quantized, input.activation, input.quantizer);
   Tensor y = torch::stable::empty_like(x);
@@ -231,37 +227,34 @@ Tensor block_input(
 }
 
 std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>> block_input_backward(
-    Tensor grad, Tensor gx, Tensor x, std::optional<Tensor> mean, std::optional<Tensor> invstd, std::optional<Tensor> gamma,
-    std::optional<Tensor> beta, std::optional<Tensor> a, std::optional<Tensor> c, std::optional<int64_t> bits, bool is_signed,
-    double offset, int64_t activation, bool of_batch) {
+    Tensor grad, Tensor gx, Tensor x, Norm norm, RawQuantizer quantizer, bool of_batch) {
   check_input(x);
   PROFIT_CHECK(
       grad.scalar_type() == x.scalar_type() && grad.numel() == x.numel() && same_strides(grad, x) &&
           gx.scalar_type() == x.scalar_type() && gx.numel() == x.numel() && same_strides(gx, x),
       "block: grad and gx must have the shape, dtype and strides of x");
   const Walk walk(x);
-  const InputSide input(
-      "block", Front(walk.channels(), mean, invstd, gamma, beta), a, c, bits, is_signed, offset, activation);
+  const InputSide input("block", Front(walk.channels(), norm), quantizer);
   const Front& front = input.front;
   const auto kernels = block_kernels(x.scalar_type(), input.quantized, input.activation, input.quantizer);
   BackwardSums sums(walk);
   first_pass(walk, grad, gx, x, input, kernels, sums);
 
   std::optional<Tensor> g_gamma, g_beta, ga, gc;
-  if (bits.has_value()) {
+  if (input.quantized) {
     double dA = 0, dC = 0;
     for (int64_t task = 0; task < walk.tasks(); ++task) {
       dA -= sums.a[task];
       dC += sums.c[task] / input.quantizer.s;
     }
-    ga = parameter_grad<float>(*a, {dA});
-    gc = parameter_grad<float>(*c, {dC});
+    ga = parameter_grad<float>(*quantizer.a, {dA});
+    gc = parameter_grad<float>(*quantizer.c, {dC});
   }
   if (!front.present) {
     return {g_gamma, g_beta, ga, gc};
   }
   std::tie(g_gamma, g_beta) =
-      finish_batch_norm(gx, x, front, total(walk, sums.g), total(walk, sums.gx), gamma, beta, of_batch);
+      finish_batch_norm(gx, x, front, total(walk, sums.g), total(walk, sums.gx), norm, of_batch);
   return {g_gamma, g_beta, ga, gc};
 }
 

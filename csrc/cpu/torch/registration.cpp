@@ -8,6 +8,7 @@
 #include "../duq/duq.h"
 #include "../norm/input.h"
 #include "../simd/isa.h"
+#include "box.h"
 
 STABLE_TORCH_LIBRARY(profit_cpu, m) {
   m.def(
@@ -66,27 +67,27 @@ STABLE_TORCH_LIBRARY(profit_cpu, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CPU, m) {
-  m.impl("block_moments", TORCH_BOX(&profit::cpu::block_moments));
-  m.impl("block_depthwise", TORCH_BOX(&profit::cpu::block_depthwise));
-  m.impl("block_pointwise", TORCH_BOX(&profit::cpu::block_pointwise));
-  m.impl("block_depthwise_backward", TORCH_BOX(&profit::cpu::block_depthwise_backward));
-  m.impl("block_input", TORCH_BOX(&profit::cpu::block_input));
-  m.impl("block_input_backward", TORCH_BOX(&profit::cpu::block_input_backward));
-  m.impl("duq_forward", TORCH_BOX(&profit::cpu::duq_forward));
-  m.impl("duq_backward", TORCH_BOX(&profit::cpu::duq_backward));
-  m.impl("duq_weights_forward", TORCH_BOX(&profit::cpu::duq_weights_forward));
-  m.impl("duq_weights_backward", TORCH_BOX(&profit::cpu::duq_weights_backward));
-  m.impl("duq_codes", TORCH_BOX(&profit::cpu::duq_codes));
-  m.impl("aiwq_kl", TORCH_BOX(&profit::cpu::aiwq_kl));
-  m.impl("aiwq_moments", TORCH_BOX(&profit::cpu::aiwq_moments));
-  m.impl("aiwq_update", TORCH_BOX(&profit::cpu::aiwq_update));
-  m.impl("aiwq_depthwise", TORCH_BOX(&profit::cpu::aiwq_depthwise));
-  m.impl("duq_depthwise_forward", TORCH_BOX(&profit::cpu::duq_depthwise_forward));
-  m.impl("duq_depthwise_backward", TORCH_BOX(&profit::cpu::duq_depthwise_backward));
+  m.impl("block_moments", PROFIT_BOX(profit::cpu::block_moments));
+  m.impl("block_depthwise", PROFIT_BOX(profit::cpu::block_depthwise));
+  m.impl("block_pointwise", PROFIT_BOX(profit::cpu::block_pointwise));
+  m.impl("block_depthwise_backward", PROFIT_BOX(profit::cpu::block_depthwise_backward));
+  m.impl("block_input", PROFIT_BOX(profit::cpu::block_input));
+  m.impl("block_input_backward", PROFIT_BOX(profit::cpu::block_input_backward));
+  m.impl("duq_forward", PROFIT_BOX(profit::cpu::duq_forward));
+  m.impl("duq_backward", PROFIT_BOX(profit::cpu::duq_backward));
+  m.impl("duq_weights_forward", PROFIT_BOX(profit::cpu::duq_weights_forward));
+  m.impl("duq_weights_backward", PROFIT_BOX(profit::cpu::duq_weights_backward));
+  m.impl("duq_codes", PROFIT_BOX(profit::cpu::duq_codes));
+  m.impl("aiwq_kl", PROFIT_BOX(profit::cpu::aiwq_kl));
+  m.impl("aiwq_moments", PROFIT_BOX(profit::cpu::aiwq_moments));
+  m.impl("aiwq_update", PROFIT_BOX(profit::cpu::aiwq_update));
+  m.impl("aiwq_depthwise", PROFIT_BOX(profit::cpu::aiwq_depthwise));
+  m.impl("duq_depthwise_forward", PROFIT_BOX(profit::cpu::duq_depthwise_forward));
+  m.impl("duq_depthwise_backward", PROFIT_BOX(profit::cpu::duq_depthwise_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&profit::cpu::isa));
-  m.impl("limit_isa", TORCH_BOX(&profit::cpu::limit_isa));
-  m.impl("has_byte_products", TORCH_BOX(&profit::cpu::has_byte_products));
+  m.impl("isa", PROFIT_BOX(profit::cpu::isa));
+  m.impl("limit_isa", PROFIT_BOX(profit::cpu::limit_isa));
+  m.impl("has_byte_products", PROFIT_BOX(profit::cpu::has_byte_products));
 }
