@@ -9,13 +9,13 @@ from torch import Tensor
 
 import profit_kernels as pk
 from profit_kernels import native
-from profit_kernels.ops.block import cpp, reference
-from profit_kernels.ops.block.reference import Convolution, Quantizer
+from profit_kernels.layer import Convolution, Quantizer, levels
+from profit_kernels.ops.conv import cpp, reference
 from profit_kernels.ops.duq import reference as duq
 from profit_kernels.testing import assert_close_banded, edge_data
 from tests import tolerances
-from tests.ops.block.test_native import INPUTS, data, quantizer
-from tests.ops.depthwise.against_reference import assert_within
+from tests.ops.conv.against_reference import assert_within
+from tests.ops.norm.test_native import INPUTS, data, quantizer
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_missing() or "")
 
@@ -46,7 +46,7 @@ def expected(x, norm, weight, q, bias) -> tuple[Tensor, Tensor]:
 
 
 def compare(x, norm, weight, q, bias, c_w, bits) -> None:
-    y = cpp.pointwise(x, norm, weight, q, bias, ONE, c_w, bits)
+    y = cpp.pointwise(x, norm, q, weight, bias, ONE, (c_w, bits))
     assert y is not None
     want, size = expected(x, norm, weight, q, bias)
     assert y.stride() == F.conv2d(x, weight).stride()
@@ -98,8 +98,8 @@ def test_codes_of_data_at_the_edges(signed, offset, bits, rng, record_band, byte
     x = edge_data(8 * 24 * 50, a, bits=bits, signed=signed, offset=offset, generator=rng).view(1, 24, 50, 8).permute(0, 3, 1, 2)
     one = torch.log(torch.expm1(torch.ones(1, dtype=torch.float64))).float()
     weight = duq.interval(one, one) * torch.eye(8).view(8, 8, 1, 1)
-    y = cpp.pointwise(x, None, weight, q, None, ONE, one, 8)
-    step = duq.interval(c, x) / duq.steps(bits, signed)
+    y = cpp.pointwise(x, None, q, weight, None, ONE, (one, 8))
+    step = duq.interval(c, x) / levels(bits, signed)
     y = torch.round((y - offset) / step) * step + offset  # the diagonal is 1 but for a rounding
     settings = {"bits": bits, "signed": signed, "offset": offset}
     report = assert_close_banded(y, duq.forward(x, a, c, *settings.values(), "none"), x, a, c, **settings)
@@ -118,7 +118,7 @@ def test_nan_and_infinities(signed, offset, activation, rng, poisoned_empty, byt
     weight[5, 7] = float("nan")
     compare(x, norm, weight, q, torch.randn(20, generator=rng), c_w, 4)
     norm.gamma[4] = float("nan")
-    assert cpp.pointwise(x, norm, weight, q, None, ONE, c_w, 4).isnan().all()
+    assert cpp.pointwise(x, norm, q, weight, None, ONE, (c_w, 4)).isnan().all()
 
 
 def test_the_number_of_threads_changes_no_bit(rng, byte_products):
@@ -129,7 +129,7 @@ def test_the_number_of_threads_changes_no_bit(rng, byte_products):
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            found.append(cpp.pointwise(x, norm, weight, q, None, ONE, c_w, 4))
+            found.append(cpp.pointwise(x, norm, q, weight, None, ONE, (c_w, 4)))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
@@ -139,11 +139,11 @@ def test_the_output_follows_the_input_and_no_default(rng, byte_products):
     x, _, norm = data(rng, (2, 8, 7, 6))
     weight, c_w = quantized_weight(rng, 12, 8)
     q, before = quantizer(rng, 4, *INPUTS[1]), torch.get_default_dtype()
-    expected = cpp.pointwise(x, norm, weight, q, None, ONE, c_w, 4)
+    expected = cpp.pointwise(x, norm, q, weight, None, ONE, (c_w, 4))
     try:
         torch.set_default_dtype(torch.float64)
         with torch.device("meta"):
-            assert torch.equal(cpp.pointwise(x, norm, weight, q, None, ONE, c_w, 4), expected)
+            assert torch.equal(cpp.pointwise(x, norm, q, weight, None, ONE, (c_w, 4)), expected)
     finally:
         torch.set_default_dtype(before)
 
@@ -170,9 +170,9 @@ def test_what_is_left_to_floats(case, rng):
     weight, c_w = quantized_weight(rng, 12, 8)
     x, weight, q, conv, c_w = LEFT[case](x, weight, quantizer(rng, 4, False, 0.0, "relu6"), ONE, c_w)
     if case != "no pixel":
-        assert cpp.pointwise(x, None, weight, q, None, conv, c_w, 4) is None
-    y = cpp.block(x, None, weight, q, None, conv, c_w, 4)
-    torch.testing.assert_close(y, reference.block(x, None, weight, q, None, conv, cpp.quantized_input), equal_nan=True)
+        assert cpp.pointwise(x, None, q, weight, None, conv, (c_w, 4)) is None
+    y = cpp.conv2d(x, None, q, weight, None, conv, codes=(c_w, 4))
+    torch.testing.assert_close(y, reference.conv2d(x, None, q, weight, None, conv, cpp.quantized_input), equal_nan=True)
 
 
 def test_other_instruction_sets_have_no_byte_products(rng):
@@ -181,7 +181,7 @@ def test_other_instruction_sets_have_no_byte_products(rng):
     weight, c_w = quantized_weight(rng, 12, 8)
     try:
         torch.ops.profit_cpu.limit_isa(1)
-        assert cpp.pointwise(x, norm, weight, quantizer(rng, 4, *INPUTS[1]), None, ONE, c_w, 4) is None
+        assert cpp.pointwise(x, norm, quantizer(rng, 4, *INPUTS[1]), weight, None, ONE, (c_w, 4)) is None
     finally:
         torch.ops.profit_cpu.limit_isa(level)
 

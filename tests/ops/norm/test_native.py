@@ -1,17 +1,15 @@
-"""The C++ kernels of the block's input side against the reference, at every instruction set this processor has."""
+"""The C++ kernels of a layer's input side against the reference, at every instruction set this processor has."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-import profit_kernels as pk
 from profit_kernels import native
-from profit_kernels.ops.block import cpp, reference
-from profit_kernels.ops.block.reference import Norm, Quantizer
+from profit_kernels.layer import Norm, Quantizer
+from profit_kernels.ops.norm import cpp, reference
 from profit_kernels.testing import assert_close_banded, clipping_band
 from tests import tolerances
-from tests.ops.block.common import CASES, arguments, sample, textbook
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_missing() or "")
 
@@ -24,18 +22,6 @@ INPUTS = [
 ]
 # Rows shorter than a run, a partial run at the end, channels that fill no register, one channel, one pixel, many tasks.
 SHAPES = [(3, 5, 7, 11), (2, 16, 9, 9), (1, 37, 40, 3), (4, 1, 5, 5), (5, 24, 1, 1), (2, 600, 3, 3), (6, 24, 64, 40)]
-
-
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request):
-    """Runs the test with the kernels of one instruction set."""
-    before, level = torch.ops.profit_cpu.isa(), ["baseline", "avx2", "avx512"].index(request.param)
-    try:
-        if torch.ops.profit_cpu.limit_isa(level) != level:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
-    finally:
-        torch.ops.profit_cpu.limit_isa(before)
 
 
 def data(rng, shape, dtype=torch.float32, layout="channels_last", of_batch=True, affine=True):
@@ -180,40 +166,3 @@ def test_the_same_bits_at_every_instruction_set(rng):
         torch.ops.profit_cpu.limit_isa(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "permuted", "sliced"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_whole_operator(case, layout, rng, poisoned_empty):
-    """Against torch's batch_norm and conv2d and the textbook quantizer. A flipped code moves what it touches by a step."""
-    s = sample(case, rng, channels_last=layout == "channels_last")
-    if layout == "permuted":
-        s.x = s.x.detach().permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2).requires_grad_()
-    elif layout == "sliced":
-        s.x = torch.cat([s.x.detach(), s.x.detach()], 3)[..., ::2].requires_grad_()
-    leaves = s.leaves()
-    before = {"mean": None if s.mean is None else s.mean.clone(), "var": None if s.var is None else s.var.clone()}
-    with pk.use_backend("cpp", ops=["block", "duq"]):
-        y = pk.block_conv2d(*vars(s).values(), **arguments(case))
-    g = torch.randn(y.shape, generator=rng)
-    got = torch.autograd.grad(y, leaves, g, allow_unused=True)
-    after = (s.mean, s.var)
-    s.mean, s.var = before["mean"], before["var"]
-    expected = textbook(case, s)
-    want = torch.autograd.grad(expected, leaves, g, allow_unused=True)
-    for mine, theirs in zip((y, *got, *after), (expected, *want, s.mean, s.var), strict=True):
-        assert (mine is None) == (theirs is None)
-        if mine is not None:
-            assert mine.shape == theirs.shape
-            apart = (mine - theirs).detach().norm() / (theirs.detach().norm() + 1)
-            assert apart < tolerances.BLOCK_RELATIVE, apart
-
-
-def test_autocast(rng):
-    case = CASES[0]
-    s = sample(case, rng)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = pk.block_conv2d(*vars(s).values(), **arguments(case))
-    assert y.dtype == torch.bfloat16
-    y.float().square().sum().backward()
-    assert all(leaf.grad.dtype == torch.float32 for leaf in s.leaves())

@@ -9,8 +9,9 @@ from torch.autograd import gradcheck
 
 import profit_kernels as pk
 from profit_kernels.checks import pads
-from profit_kernels.ops.depthwise import reference
+from profit_kernels.ops.conv import reference
 from tests import tolerances
+from tests.ops.conv.registered import registered
 from tests.oracles import loop_depthwise, textbook_duq
 
 GEOMETRIES = [  # kernel, stride, padding, dilation
@@ -48,14 +49,9 @@ def test_gradients_by_finite_differences(rng, kernel, stride, padding, dilation)
     x = torch.randn(1, 2, 8, 7, generator=rng, dtype=torch.float64, requires_grad=True)
     w = torch.randn(2, 1, kernel, kernel, generator=rng, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(2, generator=rng, dtype=torch.float64, requires_grad=True)
-    geometry = [[s, s] if isinstance(s, int) else list(s) for s in (stride, dilation)]
-
-    def op(x, w, bias):
-        return torch.ops.profit_kernels.depthwise_conv2d(
-            x, w, bias, geometry[0], list(pads("test", padding)), geometry[1], -0.375
-        )
-
-    assert gradcheck(op, (x, w, bias))
+    settings = {"stride": stride, "padding": padding, "dilation": dilation, "pad_value": -0.375}
+    with registered():
+        assert gradcheck(lambda *leaves: pk.depthwise_conv2d(*leaves, **settings), (x, w, bias))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -83,25 +79,9 @@ def test_fused_against_the_textbook(rng, signed, offset, activation, act_bits, w
             signed=signed, offset=offset, activation=activation,
         )  # fmt: skip
 
-    def operator(x, w, a_x, c_x, a_w, c_w, bias):
-        return torch.ops.profit_kernels.duq_depthwise_conv2d(
-            x,
-            w,
-            a_x,
-            c_x,
-            a_w,
-            c_w,
-            bias,
-            [2, 2],
-            [1, 1, 1, 1],
-            [1, 1],
-            act_bits,
-            weight_bits,
-            signed,
-            offset,
-            activation,
-            offset,
-        )
+    def operator(*leaves):
+        with registered():
+            return public(*leaves)
 
     results = []
     for function in (textbook, public, operator):

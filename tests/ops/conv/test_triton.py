@@ -10,7 +10,7 @@ import torch
 import profit_kernels as pk
 from profit_kernels.testing import assert_close_banded, edge_data
 from tests.interpreter import round_as_a_device
-from tests.ops.depthwise.against_reference import Case, compare
+from tests.ops.conv.against_reference import Case, compare
 from tests.ops.duq.common import INPUTS
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
@@ -43,7 +43,7 @@ def plain(
 ) -> Case:
     x = torch.randn(shape, generator=rng).to(dtype).to(memory_format=FORMATS[layout])
     w = torch.randn(shape[1] * multiplier, 1, *kernel, generator=rng).to(dtype)
-    y = torch.ops.profit_kernels.depthwise_conv2d(x, w, None, stride, pads, dilation, 0.0)
+    y = pk.depthwise_conv2d(x, w, stride=stride, padding=pads, dilation=dilation)
     grad = torch.randn(y.shape, generator=rng).to(dtype)
     bias = torch.randn(w.shape[0], generator=rng).to(dtype)
     return Case(x, w, grad, bias=bias, stride=stride, pads=pads, dilation=dilation, pad_value=pad_value)
@@ -151,7 +151,7 @@ def test_nan_and_infinities(rng, poisoned_empty, signed, offset, activation):
 def run_triton(case: Case):
     leaves = [None if t is None else t.to(DEVICE).detach().requires_grad_() for t in case.tensors]
     with pk.use_backend("triton", ops=["duq_depthwise", "duq"]):
-        y = torch.ops.profit_kernels.duq_depthwise_conv2d(*leaves, *case.geometry, *case.settings)
+        y = pk.duq_depthwise_conv2d(*leaves, **case.settings)
         gradients = torch.autograd.grad(y, leaves, case.grad_seed.to(DEVICE))
     return y.detach().cpu(), [g.cpu() for g in gradients]
 

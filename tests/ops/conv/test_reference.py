@@ -1,4 +1,4 @@
-"""The block's reference: against torch's batch_norm, conv2d and the textbook quantizer through autograd, in float64."""
+"""The reference of the convolution operator: against torch's functions and the textbook quantizer, in float64."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch.autograd import gradcheck
 
 import profit_kernels as pk
 from profit_kernels import dispatch
-from profit_kernels.ops.block import op, reference
+from profit_kernels.ops.conv import reference
 from tests import tolerances
-from tests.ops.block.common import CASES, Case, arguments, sample, textbook
-from tests.oracles import ACTIVATIONS
+from tests.ops.conv.cases import CASES, Case, arguments, sample, textbook
+from tests.ops.conv.registered import registered as registered_operators
 
 
 def grads(y, s, g):
@@ -21,9 +21,9 @@ def grads(y, s, g):
 
 
 @pytest.fixture
-def registered(monkeypatch):
-    """The registered operator with the reference in it, as a backend with a kernel would be called."""
-    monkeypatch.setattr(op.dispatch, "choose", lambda name, x, *limits: "registered" if name == "block" else "reference")
+def registered():
+    with registered_operators():
+        yield
 
 
 @pytest.mark.parametrize("path", ["registered", "parts"])
@@ -54,36 +54,13 @@ def test_without_batch_norm(case, rng, registered):
     y = pk.duq_conv2d(s.x, s.weight, s.a, s.c, s.a_w, s.c_w, s.bias, **settings)
     with pk.use_backend("reference"):
         g = torch.randn(y.shape, generator=rng, dtype=y.dtype)
-        monkey = pytest.MonkeyPatch()
-        with monkey.context() as m:
-            m.setattr(op.dispatch, "choose", lambda name, x, *limits: "reference")
+        with registered_operators(()):
             parts = pk.duq_conv2d(s.x, s.weight, s.a, s.c, s.a_w, s.c_w, s.bias, **settings)
     torch.testing.assert_close(y, parts, **tolerances.TEXTBOOK[torch.float64])
     for mine, other in zip(grads(y, s, g), grads(parts, s, g), strict=True):
         assert (mine is None) == (other is None)
         if mine is not None:
             torch.testing.assert_close(mine, other, **tolerances.TEXTBOOK[torch.float64])
-
-
-@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "hardswish"])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("path", ["registered", "parts"])
-def test_batch_norm_act(path, training, activation, rng, request):
-    if path == "registered":
-        request.getfixturevalue("registered")
-    s = sample(Case("p"), rng, torch.float64)
-    theirs = copy.deepcopy(s)
-    with pk.use_backend("reference"):
-        y = pk.batch_norm_act(s.x, s.gamma, s.beta, s.mean, s.var, training=training, momentum=0.3, activation=activation)
-        v = torch.nn.functional.batch_norm(theirs.x, theirs.mean, theirs.var, theirs.gamma, theirs.beta, training, 0.3)
-        expected = ACTIVATIONS[activation](v)
-        g = torch.randn(y.shape, generator=rng, dtype=y.dtype)
-        got = torch.autograd.grad(y, [s.x, s.gamma, s.beta], g)
-        want = torch.autograd.grad(expected, [theirs.x, theirs.gamma, theirs.beta], g)
-    for mine, other in zip((y, *got, s.mean, s.var), (expected, *want, theirs.mean, theirs.var), strict=True):
-        torch.testing.assert_close(mine, other, **tolerances.TEXTBOOK[torch.float64])
-    with pytest.raises(ValueError, match="activation must be one of"):
-        pk.batch_norm_act(s.x, s.gamma, s.beta, s.mean, s.var, training=True, activation="silu")
 
 
 def test_gradients_by_finite_differences(rng, registered):

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import profit_kernels as pk
-from profit_kernels.ops.depthwise import reference
-from profit_kernels.ops.duq.reference import steps
+from profit_kernels.layer import Convolution, Quantizer, levels
+from profit_kernels.ops.conv import reference
+from profit_kernels.ops.duq import reference as duq
+from profit_kernels.ops.norm.reference import quantized_input
 from profit_kernels.testing import clipping_band, rounding_band
 from tests import tolerances
 
@@ -23,7 +25,7 @@ NAMES = ("x", "weight", "a_x", "c_x", "a_w", "c_w", "bias")
 
 @dataclass
 class Case:
-    """Arguments of duq_depthwise; act_bits and weight_bits None and activation "none" make it the plain convolution."""
+    """Arguments of duq_depthwise_conv2d; act_bits and weight_bits None and activation "none" make it the plain convolution."""
 
     x: Tensor
     weight: Tensor
@@ -42,11 +44,18 @@ class Case:
 
     @property
     def geometry(self):
-        return self.stride, self.pads, self.dilation
+        """Keyword arguments of depthwise_conv2d."""
+        return {"stride": self.stride, "padding": self.pads, "dilation": self.dilation, "pad_value": self.pad_value}
 
     @property
     def settings(self):
-        return self.act_bits, self.weight_bits, self.signed, self.offset, self.activation, self.pad_value
+        """Keyword arguments of duq_depthwise_conv2d."""
+        bits = {"act_bits": self.act_bits, "weight_bits": self.weight_bits}
+        return {**self.geometry, **bits, "signed": self.signed, "offset": self.offset, "activation": self.activation}
+
+    def convolution(self, pad_value: float) -> Convolution:
+        """The geometry with another border."""
+        return Convolution(self.stride, self.pads, self.dilation, self.x.shape[1], pad_value)
 
     @property
     def tensors(self):
@@ -59,9 +68,9 @@ def _run(case: Case, backend: str, device: str) -> tuple[Tensor, tuple[Tensor | 
     with pk.use_backend(backend, ops=["depthwise", "duq_depthwise", "duq"]):
         if case.act_bits is None and case.weight_bits is None and case.activation == "none":
             x, weight, bias = leaves[0], leaves[1], leaves[-1]
-            y = torch.ops.profit_kernels.depthwise_conv2d(x, weight, bias, *case.geometry, case.pad_value)
+            y = pk.depthwise_conv2d(x, weight, bias, **case.geometry)
         else:
-            y = torch.ops.profit_kernels.duq_depthwise_conv2d(*leaves, *case.geometry, *case.settings)
+            y = pk.duq_depthwise_conv2d(*leaves, **case.settings)
         wanted = [t for t in leaves if t is not None]
         found = torch.autograd.grad(y, wanted, case.grad_seed.to(device, y.dtype).expand(y.shape), allow_unused=True)
     found = iter(found)
@@ -95,18 +104,19 @@ def compare(case: Case, backend: str, device: str) -> None:
     x, w = case.x.detach(), case.weight.detach()
     a_x, c_x, a_w, c_w = case.raws
     input_settings = {"signed": case.signed, "offset": case.offset, "activation": case.activation}
-    qx = reference.quantize_input(x, a_x, c_x, case.act_bits, *input_settings.values()).double()
-    qw = reference.quantize_weight(w, a_w, c_w, case.weight_bits).to(x.dtype).double()
+    qx = quantized_input(x, None, Quantizer(a_x, c_x, case.act_bits, *input_settings.values())).double()
+    qw = w if case.weight_bits is None else duq.forward(w, a_w, c_w, case.weight_bits, True, 0.0, "none")
+    qw = qw.to(x.dtype).double()
     none = torch.zeros((), dtype=torch.float64)
     x_step = w_step = none  # how far an element in its rounding band may move
     kept_x, kept_w = torch.ones_like(x, dtype=torch.bool), torch.ones_like(w, dtype=torch.bool)
     if case.act_bits is not None:
         band = rounding_band(x, a_x, bits=case.act_bits, **input_settings)
-        x_step = band * F.softplus(c_x.double()) / steps(case.act_bits, case.signed)
+        x_step = band * F.softplus(c_x.double()) / levels(case.act_bits, case.signed)
         kept_x = ~clipping_band(x, a_x, **input_settings)
     if case.weight_bits is not None:
         w_step = rounding_band(w, a_w, bits=case.weight_bits, signed=True) * F.softplus(c_w.double()).view(-1, 1, 1, 1)
-        w_step = w_step / steps(case.weight_bits, True)
+        w_step = w_step / levels(case.weight_bits, True)
         kept_w = ~clipping_band(w, a_w, signed=True)
     half = tolerances.HALF_OF_MAGNITUDE.get(x.dtype, 0.0)
     relative = tolerances.CONV_OF_MAGNITUDE + half
@@ -114,17 +124,22 @@ def compare(case: Case, backend: str, device: str) -> None:
     pad = abs(case.pad_value)
 
     def conv(u: Tensor, v: Tensor, value: float) -> Tensor:
-        return reference.depthwise(u.expand(x.shape), v.expand(w.shape), None, *case.geometry, value)
+        return reference.convolution(u.expand(x.shape), v.expand(w.shape), None, case.convolution(value))
 
     magnitude = conv(size_x, size_w, pad)
     allowed = relative * (magnitude + (0 if case.bias is None else case.bias.double().abs().max()))
     assert_within("output", actual, expected, allowed + conv(x_step, size_w, 0.0) + conv(size_x, w_step, pad))
 
     g = case.grad_seed.double().expand(expected.shape)
-    back = (case.bias is not None, *case.geometry)
-    gq, _, _ = reference.depthwise_backward(g, qx.nan_to_num(0.0), qw, *back, case.pad_value)
-    g_size, gw_size, gb_size = reference.depthwise_backward(g.abs(), size_x, size_w, *back, pad)
-    moved = reference.depthwise_backward(g.abs(), x_step.expand(x.shape), w_step.expand(w.shape), *back, 0.0)[:2]
+
+    def back(grad: Tensor, u: Tensor, v: Tensor, value: float) -> tuple[Tensor | None, ...]:
+        bias = None if case.bias is None else case.bias.double()
+        need = (True, True, bias is not None)
+        return reference.convolution_backward(grad, u.expand(x.shape), v.expand(w.shape), bias, case.convolution(value), need)
+
+    gq, _, _ = back(g, qx.nan_to_num(0.0), qw, case.pad_value)
+    g_size, gw_size, gb_size = back(g.abs(), size_x, size_w, pad)
+    moved = back(g.abs(), x_step, w_step, 0.0)[:2]
     ratio = ratio_w = 1.0
     if case.act_bits is not None:
         ratio = max(1.0, (F.softplus(c_x) / F.softplus(a_x)).item())

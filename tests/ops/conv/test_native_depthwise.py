@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,11 +11,14 @@ from torch import Tensor
 import profit_kernels as pk
 from profit_kernels import native
 from profit_kernels.checks import pads
-from profit_kernels.ops.depthwise import cpp, reference
+from profit_kernels.layer import NO_QUANTIZER, Convolution, Quantizer
+from profit_kernels.ops.conv import cpp, reference
+from profit_kernels.ops.duq import cpp as duq_cpp
 from profit_kernels.ops.duq import reference as duq
+from profit_kernels.ops.norm.reference import quantized_input
 from profit_kernels.testing import assert_close_banded, clipping_band, edge_data, rounding_band
 from tests import tolerances
-from tests.ops.depthwise.against_reference import assert_within
+from tests.ops.conv.against_reference import assert_within
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=native.why_missing() or "")
 
@@ -78,41 +83,72 @@ def settings(kind, stride=1, padding=0, dilation=1, act_bits=4, weight_bits=3, p
     return two(stride), list(pads("test", padding)), two(dilation), act_bits, weight_bits, signed, offset, activation, pad_value
 
 
+def values(tensors, given) -> tuple[Quantizer, Convolution, tuple]:
+    """The quantizer of the input, the convolution, and (a, c, bits, ...) of the weight's quantizer."""
+    x, _, a_x, c_x, a_w, c_w, _ = tensors
+    stride, padding, dilation, act_bits, weight_bits, signed, offset, activation, pad_value = given
+    conv = Convolution(stride, padding, dilation, x.shape[1], pad_value)
+    return Quantizer(a_x, c_x, act_bits, signed, offset, activation), conv, (a_w, c_w, weight_bits, True, 0.0, "none")
+
+
 def expected(grad, tensors, given) -> list[Tensor | None]:
     """What the reference gives, put together so that only the quantized input and weight are rounded to the dtype of x."""
-    x, w, a_x, c_x, a_w, c_w, bias = tensors
-    *geometry, act_bits, weight_bits, signed, offset, activation, pad_value = given
-    qx = reference.quantize_input(x, a_x, c_x, act_bits, signed, offset, activation).float()
-    qw = reference.quantize_weight(w, a_w, c_w, weight_bits).to(x.dtype).float()
+    x, w, *_, bias = tensors
+    q, conv, of_weight = values(tensors, given)
+    qx = quantized_input(x, None, q).float()
+    qw = (w if of_weight[2] is None else duq.forward(w, *of_weight)).to(x.dtype).float()
     b = None if bias is None else bias.to(x.dtype).float()
-    y = reference.depthwise(qx, qw, b, *geometry, pad_value)
-    gqx, gqw, gb = reference.depthwise_backward(grad.float(), qx, qw, b is not None, *geometry, pad_value)
+    y = reference.convolution(qx, qw, b, conv)
+    gqx, gqw, gb = reference.convolution_backward(grad.float(), qx, qw, b, conv, (True, True, b is not None))
     ga_x = gc_x = ga_w = gc_w = None
-    gx, gw = gqx * duq.activate_grad(x.float(), activation), gqw
-    if act_bits is not None:
-        gx, ga_x, gc_x = duq.backward(gqx, x.float(), a_x, c_x, act_bits, signed, offset, activation)
-    if weight_bits is not None:
-        gw, ga_w, gc_w = duq.backward(gqw, w, a_w, c_w, weight_bits, True, 0.0, "none")
+    gx, gw = gqx * duq.activate_grad(x.float(), q.activation), gqw
+    if q.bits is not None:
+        gx, ga_x, gc_x = duq.backward(gqx, x.float(), *vars(q).values())
+    if of_weight[2] is not None:
+        gw, ga_w, gc_w = duq.backward(gqw, w, *of_weight)
     return [y, gx, gw, ga_x, gc_x, ga_w, gc_w, gb]
 
 
 def term_sizes(grad, tensors, given) -> dict[str, Tensor]:
     """The sum of the magnitudes of the terms of each element of y and gx: at that size sums round, whatever cancels."""
-    x, w, a_x, c_x, a_w, c_w, bias = tensors
-    *geometry, act_bits, weight_bits, signed, offset, activation, pad_value = given
-    qx = reference.quantize_input(x, a_x, c_x, act_bits, signed, offset, activation).float()
-    qx = (qx - offset).abs() + abs(offset)  # a value is rounded at the size of step * code and of the offset
-    qw = reference.quantize_weight(w, a_w, c_w, weight_bits).float().abs()
-    y = reference.depthwise(qx, qw, None if bias is None else bias.abs(), *geometry, abs(pad_value))
-    gqx = reference.depthwise_backward(grad.float().abs(), qx, qw, False, *geometry, abs(pad_value))[0]
-    if act_bits is None:
-        return {"y": y, "gx": gqx * duq.activate_grad(x.float(), activation).abs()}
-    slope = duq.backward(torch.ones_like(gqx), x.float(), a_x, c_x, act_bits, signed, offset, activation)[0]
+    x, w, *_, bias = tensors
+    q, conv, of_weight = values(tensors, given)
+    qx = quantized_input(x, None, q).float()
+    qx = (qx - q.offset).abs() + abs(q.offset)  # a value is rounded at the size of step * code and of the offset
+    qw = (w if of_weight[2] is None else duq.forward(w, *of_weight)).float().abs()
+    conv = replace(conv, pad_value=abs(conv.pad_value))
+    y = reference.convolution(qx, qw, None if bias is None else bias.abs(), conv)
+    gqx = reference.convolution_backward(grad.float().abs(), qx, qw, None, conv, (True, False, False))[0]
+    if q.bits is None:
+        return {"y": y, "gx": gqx * duq.activate_grad(x.float(), q.activation).abs()}
+    slope = duq.backward(torch.ones_like(gqx), x.float(), *vars(q).values())[0]
     return {"y": y, "gx": gqx * slope.abs()}
 
 
+def forward(tensors, given) -> Tensor:
+    """y of the C++ kernels; the weight is quantized first."""
+    x, w, *_, bias = tensors
+    q, conv, of_weight = values(tensors, given)
+    qw = w if of_weight[2] is None else duq_cpp.forward(w, *of_weight)
+    return cpp.conv2d(x, None, q, qw, bias, conv, depthwise=True)
+
+
 def run(grad, tensors, given) -> list[Tensor | None]:
-    return [cpp.duq_depthwise(*tensors, *given), *cpp.duq_depthwise_backward(grad, *tensors, *given)]
+    """y and the gradients of x, weight, a_x, c_x, a_w, c_w, bias."""
+    x, w, *_, bias = tensors
+    q, conv, of_weight = values(tensors, given)
+    qw = w if of_weight[2] is None else duq_cpp.forward(w, *of_weight)
+    need = (True, True, True)
+    gx, _, _, ga_x, gc_x, gw, gb = cpp.conv2d_backward(grad, x, None, q, qw, bias, conv, need, depthwise=True)
+    ga_w = gc_w = None
+    if of_weight[2] is not None:
+        gw, ga_w, gc_w = duq_cpp.backward(gw, w, *of_weight)
+    return [forward(tensors, given), gx, gw, ga_x, gc_x, ga_w, gc_w, gb]
+
+
+def output_shape(tensors, given) -> tuple[int, ...]:
+    x, w, *_ = tensors
+    return x.shape[0], w.shape[0], *values(tensors, given)[1].output_size("test", x, w)
 
 
 def compare(grad, tensors, given) -> None:
@@ -141,7 +177,6 @@ def compare(grad, tensors, given) -> None:
         assert_within(name, mine.float(), theirs, allowed.nan_to_num(0.0))
 
 
-
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("kernel", "stride", "padding", "dilation"), GEOMETRIES)
 def test_geometries(rng, poisoned_empty, isa, kernel, stride, padding, dilation, channels_last):
@@ -150,7 +185,7 @@ def test_geometries(rng, poisoned_empty, isa, kernel, stride, padding, dilation,
         if channels_last:
             tensors = (tensors[0].to(memory_format=torch.channels_last), *tensors[1:])
         given = settings(KINDS[kind], stride, padding, dilation)
-        grad = torch.randn(reference.duq_depthwise(*tensors, *given).shape, generator=rng)
+        grad = torch.randn(output_shape(tensors, given), generator=rng)
         compare(grad, tensors, given)
 
 
@@ -194,7 +229,7 @@ def test_odd_shapes(rng, poisoned_empty, shape, kernel):
             if channels_last:
                 tensors = (tensors[0].to(memory_format=torch.channels_last), *tensors[1:])
             given = settings(KINDS["hardswish"], stride, kernel // 2)
-            compare(torch.randn(reference.duq_depthwise(*tensors, *given).shape, generator=rng), tensors, given)
+            compare(torch.randn(output_shape(tensors, given), generator=rng), tensors, given)
 
 
 def test_an_empty_batch(poisoned_empty):
@@ -259,7 +294,7 @@ def test_codes_of_data_at_the_edges(rng, record_band, isa, kind, bits):
     a, c = torch.randn(1, generator=rng), torch.randn(1, generator=rng)
     x = edge_data(16 * 24 * 50, a, bits=bits, signed=signed, offset=offset, generator=rng).view(1, 16, 24, 50)
     given = settings(KINDS[kind], act_bits=bits, weight_bits=None)
-    y = cpp.duq_depthwise(x, torch.ones(16, 1, 1, 1), a, c, None, None, None, *given)
+    y = forward((x, torch.ones(16, 1, 1, 1), a, c, None, None, None), given)
     report = assert_close_banded(
         y, duq.forward(x, a, c, bits, signed, offset, activation), x, a, c, bits=bits, signed=signed, offset=offset
     )
@@ -274,7 +309,7 @@ def test_codes_of_random_data(rng, record_band, isa, kind):
     for bits in (2, 4, 8):
         a, c = torch.randn(1, generator=rng), torch.randn(1, generator=rng)
         given = settings(KINDS[kind], act_bits=bits, weight_bits=None)
-        y = cpp.duq_depthwise(x, torch.ones(16, 1, 1, 1), a, c, None, None, None, *given)
+        y = forward((x, torch.ones(16, 1, 1, 1), a, c, None, None, None), given)
         wanted = duq.forward(x, a, c, bits, signed, offset, activation)
         report = assert_close_banded(
             y, wanted, x, a, c, bits=bits, signed=signed, offset=offset, activation=activation, max_fraction_inside=0.01
@@ -290,7 +325,7 @@ def test_intervals_far_from_one(rng, isa, raw):
     A = duq.interval(a, a)
     x = torch.rand(1, 16, 4, 4, generator=rng) * A.view(1, 1, 1, 1)
     given = settings(KINDS["unsigned"], act_bits=4, weight_bits=None)
-    y = cpp.duq_depthwise(x, torch.ones(16, 1, 1, 1), a, torch.ones(1), None, None, None, *given)
+    y = forward((x, torch.ones(16, 1, 1, 1), a, torch.ones(1), None, None, None), given)
     assert_close_banded(y, duq.forward(x, a, torch.ones(1), 4, False, 0.0, "none"), x, a, torch.ones(1), bits=4)
 
 
@@ -355,7 +390,7 @@ def test_wrong_arguments_are_refused(change, message):
 
 
 def test_a_gradient_of_another_shape_is_refused():
-    x, w = torch.zeros(2, 4, 6, 6), torch.zeros(4, 1, 3, 3)
+    x, w, conv = torch.zeros(2, 4, 6, 6), torch.zeros(4, 1, 3, 3), Convolution([1, 1], [1, 1, 1, 1], [1, 1], 4, 0.0)
     for grad in (torch.zeros(2, 4, 6, 5), torch.zeros(2, 4, 6, 6).double()):
         with pytest.raises(RuntimeError, match="grad must have the shape of the output"):
-            cpp.depthwise_backward(grad, x, w, False, [1, 1], [1, 1, 1, 1], [1, 1], 0.0)
+            cpp.conv2d_backward(grad, x, None, NO_QUANTIZER, w, None, conv, (True, True, False), depthwise=True)
