@@ -5,7 +5,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <tuple>
 
 #include "../torch/values.h"
 
@@ -20,31 +19,17 @@ Tensor aiwq_kl(Tensor y_new, Tensor y_old, double eps);
 // [2, C] float64: mean and unbiased variance over N, H, W.
 Tensor aiwq_moments(Tensor y);
 
-// KL of y_new from conv(pad(duq(act(BatchNorm(x))), pad_value), weight_old) + bias, one filter per output channel, computed in the
-// dtype of y_new; x and weight as in DuqDepthwise (conv/depthwise.h).
+// KL of y_new from the output of a depthwise layer under weight_old, with one filter per output channel; computed in the dtype of
+// y_new. The layer as in conv/depthwise.h.
 Tensor aiwq_depthwise(
-    Tensor x, Tensor y_new, Tensor weight_old, std::optional<Tensor> bias, Convolution convolution, RawQuantizer quantizer,
-    double eps, Norm norm);
+    Tensor x, Tensor y_new, Norm norm, RawQuantizer quantizer, Tensor weight_old, std::optional<Tensor> bias,
+    Convolution convolution, double eps);
 
-// What aiwq_update takes, as the schema has it.
-struct AiwqUpdate {
-  Tensor x, y_new, weight_old, weight_new;
-  std::optional<Tensor> bias;
-  GroupedConvolution convolution;
-  RawQuantizer quantizer;
-  double eps;
-  Norm norm;
-
-  static constexpr auto fields() {
-    using U = AiwqUpdate;
-    return std::tuple{&U::x, &U::y_new, &U::weight_old, &U::weight_new, &U::bias,
-                      &U::convolution, &U::quantizer, &U::eps, &U::norm};
-  }
-};
-
-// KL of y_new from the output under weight_old, as aiwq_depthwise, given also the weight that gave y_new: only what differs
-// between the two is convolved. Depthwise layers, and pointwise ones without groups and padding; x and y_new in float32.
+// The same given also the weight that gave y_new: only what differs between the two is convolved. Depthwise layers, and pointwise
+// ones without groups and padding; x and y_new in float32.
 // Nothing where too many weights of a pointwise layer differ for that to pay.
-std::optional<Tensor> aiwq_update(AiwqUpdate problem);
+std::optional<Tensor> aiwq_update(
+    Tensor x, Tensor y_new, Norm norm, RawQuantizer quantizer, Tensor weight_old, std::optional<Tensor> bias,
+    Convolution convolution, double eps, Tensor weight_new);
 
 }  // namespace profit::cpu

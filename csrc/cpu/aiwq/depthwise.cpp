@@ -10,8 +10,8 @@
 namespace profit::cpu {
 
 Tensor aiwq_depthwise(
-    Tensor x, Tensor y_new, Tensor weight_old, std::optional<Tensor> bias, Convolution convolution, RawQuantizer quantizer,
-    double eps, Norm norm) {
+    Tensor x, Tensor y_new, Norm norm, RawQuantizer quantizer, Tensor weight_old, std::optional<Tensor> bias,
+    Convolution convolution, double eps) {
   const Geometry g = geometry(x, weight_old, convolution);
   check_output(y_new);
   PROFIT_CHECK(

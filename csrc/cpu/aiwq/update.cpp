@@ -90,9 +90,10 @@ double Update::share() const {
   return static_cast<double>(sum) / static_cast<double>(std::max<int64_t>(1, taps * changed.size()));
 }
 
-std::optional<Tensor> aiwq_update(AiwqUpdate p) {
-  const auto& [stride, padding, dilation, groups, pad_value] = p.convolution;
-  const Tensor &x = p.x, &y_new = p.y_new, &weight_old = p.weight_old, &weight_new = p.weight_new;
+std::optional<Tensor> aiwq_update(
+    Tensor x, Tensor y_new, Norm norm, RawQuantizer quantizer, Tensor weight_old, std::optional<Tensor> bias,
+    Convolution convolution, double eps, Tensor weight_new) {
+  const auto& [stride, padding, dilation, groups, pad_value] = convolution;
   check_output(y_new);
   PROFIT_CHECK(
       x.dim() == 4 && x.scalar_type() == ScalarType::Float && y_new.scalar_type() == ScalarType::Float,
@@ -110,15 +111,15 @@ std::optional<Tensor> aiwq_update(AiwqUpdate p) {
       "aiwq: a layer must be depthwise, or pointwise without groups and padding, and y_new its output");
   const int64_t channels = weight_old.size(0);
   const Tensor w_new = plain(weight_new), w_old = plain(weight_old);
-  const std::vector<float> b = p.bias.has_value() ? values<float>(*p.bias) : std::vector<float>(channels, 0.0f);
-  const InputSide input("aiwq", Front(x.size(1), p.norm), p.quantizer);
+  const std::vector<float> b = bias.has_value() ? values<float>(*bias) : std::vector<float>(channels, 0.0f);
+  const InputSide input("aiwq", Front(x.size(1), norm), quantizer);
   const Wanted wanted = {input.quantized, input.front.present, false};
   if (!is_depthwise && is_wide(x, weight_old, stride)) {
     const RowKernels kernels = row_kernels(ScalarType::Float, wanted, input.activation, input.quantizer, {1, 1, 1, 1});
     const auto [fresh, old] = wide_moments(
         x, static_cast<const float*>(w_new.const_data_ptr()), static_cast<const float*>(w_old.const_data_ptr()), b, input,
         kernels);
-    return kl(fresh, old, p.eps);
+    return kl(fresh, old, eps);
   }
   const AiwqKernels loops = aiwq_kernels();
   const Update update(w_new, w_old, loops);
@@ -135,7 +136,7 @@ std::optional<Tensor> aiwq_update(AiwqUpdate p) {
   }
   std::vector<float> shift = first_values(y_new, plain_kernels(ScalarType::Float));
   if (is_depthwise) {
-    const Geometry g = geometry(x, weight_old, {stride, padding, dilation, pad_value});
+    const Geometry g = geometry(x, weight_old, convolution);
     PROFIT_CHECK(
         y_new.size(0) == g.images && y_new.size(2) == g.out_height && y_new.size(3) == g.out_width,
         "aiwq: y_new must have the shape of the layer's output");
@@ -146,7 +147,7 @@ std::optional<Tensor> aiwq_update(AiwqUpdate p) {
     const RowKernels kernels = row_kernels(ScalarType::Float, wanted, input.activation, input.quantizer, {1, 1, 1, 1});
     pointwise_moments({x, y_new, update, b, input, kernels, loops, shift}, stride, old);
   }
-  return kl(fresh, old, p.eps);
+  return kl(fresh, old, eps);
 }
 
 }  // namespace profit::cpu

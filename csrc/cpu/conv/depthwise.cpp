@@ -5,8 +5,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "../norm/front.h"
 #include "../torch/check.h"
 #include "../torch/layout.h"
+#include "../torch/parameters.h"
 #include "plan.h"
 #include "rows.h"
 
@@ -90,9 +92,9 @@ std::vector<double> per_input_channel(const std::vector<double>& partial, const 
   return sums;
 }
 
-// `from` (contiguous float32) in the dtype and with the strides of `like`.
+// `from` in the dtype and with the strides of `like`.
 Tensor like(const Tensor& like, const Tensor& from) {
-  if (like.scalar_type() == ScalarType::Float && same_strides(like, from)) {
+  if (like.scalar_type() == from.scalar_type() && same_strides(like, from)) {
     return from;
   }
   Tensor to = torch::stable::empty_like(like);
@@ -102,10 +104,10 @@ Tensor like(const Tensor& like, const Tensor& from) {
 
 }  // namespace
 
-Tensor depthwise_forward(
-    const Tensor& x, const InputSide& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    const Convolution& convolution) {
+Tensor block_depthwise(Depthwise layer) {
+  const auto& [x, norm, quantizer, weight, bias, convolution] = layer;
   const Geometry g = geometry(x, weight, convolution);
+  const InputSide input("depthwise", Front(g.in_channels, norm), quantizer);
   Tensor y = empty(x, weight, g.channels(), g.out_height, g.out_width);
   const Plan plan(g, g.out_height, g.height * g.width);
   if (plan.tasks() == 0) {
@@ -148,10 +150,10 @@ Tensor depthwise_forward(
   return y;
 }
 
-DepthwiseGradients depthwise_backward(
-    const Tensor& grad, const Tensor& x, const InputSide& input, const Tensor& weight, const std::optional<Tensor>& bias,
-    const Convolution& convolution, bool need_weight) {
+SevenGradients block_depthwise_backward(Tensor grad, Depthwise layer, bool of_batch, bool need_weight) {
+  const auto& [x, norm, quantizer, weight, bias, convolution] = layer;
   const Geometry g = geometry(x, weight, convolution);
+  const InputSide input("depthwise", Front(g.in_channels, norm), quantizer);
   PROFIT_CHECK(
       grad.is_cpu() && grad.scalar_type() == x.scalar_type() && grad.dim() == 4 && grad.size(0) == g.images &&
           grad.size(1) == g.channels() && grad.size(2) == g.out_height && grad.size(3) == g.out_width,
@@ -222,23 +224,29 @@ DepthwiseGradients depthwise_backward(
     }
   });
 
-  DepthwiseGradients result;
-  result.x = gx;
-  for (int64_t i = 0; i < plan.tasks(); ++i) {
-    result.A -= partials.a[i];
-    result.C += partials.c[i] / (input.quantized ? input.quantizer.s : 1.0f);
+  std::optional<Tensor> g_gamma, g_beta, ga, gc, gw, gb;
+  if (input.quantized) {
+    double dA = 0, dC = 0;
+    for (int64_t i = 0; i < plan.tasks(); ++i) {
+      dA -= partials.a[i];
+      dC += partials.c[i] / input.quantizer.s;
+    }
+    ga = parameter_grad<float>(*quantizer.a, {dA});
+    gc = parameter_grad<float>(*quantizer.c, {dC});
   }
   if (need_weight) {
-    result.weight = like(weight, total(partials.weight, plan, g.taps(), weight));
+    gw = like(weight, total(partials.weight, plan, g.taps(), weight));
   }
   if (bias.has_value()) {
-    result.bias = like(*bias, total(partials.bias, plan, 1, *bias));
+    gb = like(*bias, total(partials.bias, plan, 1, *bias));
   }
   if (input.front.present) {
-    result.of_g = per_input_channel(partials.g, plan, g.multiplier);
-    result.of_gx = per_input_channel(partials.gx, plan, g.multiplier);
+    // The gradient has the memory format of torch's convolution, which goes by the weight as well.
+    std::tie(g_gamma, g_beta) = finish_batch_norm(
+        gx, like(gx, x), input.front, per_input_channel(partials.g, plan, g.multiplier),
+        per_input_channel(partials.gx, plan, g.multiplier), norm, of_batch);
   }
-  return result;
+  return {gx, g_gamma, g_beta, ga, gc, gw, gb};
 }
 
 }  // namespace profit::cpu

@@ -19,7 +19,7 @@ constexpr int64_t kMinRows = 8;
 }  // namespace
 
 Geometry geometry(const Tensor& x, const Tensor& weight, const Convolution& convolution) {
-  const auto& [stride, padding, dilation, pad_value] = convolution;
+  const auto& [stride, padding, dilation, groups, pad_value] = convolution;
   const auto type = x.scalar_type();
   PROFIT_CHECK(
       type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
@@ -29,6 +29,7 @@ Geometry geometry(const Tensor& x, const Tensor& weight, const Convolution& conv
       weight.dim() == 4 && weight.size(1) == 1 && x.size(1) > 0 && weight.size(0) > 0 &&
           weight.size(0) % x.size(1) == 0 && weight.size(2) > 0 && weight.size(3) > 0,
       "depthwise: weight must be [C_out, 1, kh, kw] with C_out a multiple of the ", x.size(1), " channels of x");
+  PROFIT_CHECK(groups == x.size(1), "depthwise: groups must be the ", x.size(1), " channels of x, got ", groups);
   PROFIT_CHECK(weight.is_cpu(), "depthwise: weight must be on the CPU, where x is");
   PROFIT_CHECK(
       stride.size() == 2 && dilation.size() == 2 && padding.size() == 4,

@@ -101,31 +101,32 @@ class Input {
 
 }  // namespace
 
-bool block_pointwise(Tensor y, Pointwise p) {
-  const Tensor &x = p.x, &weight = p.weight;
+bool block_pointwise(
+    Tensor y, Tensor x, Norm norm, RawQuantizer quantizer, Tensor weight, std::optional<Tensor> bias, Tensor c_w,
+    int64_t weight_bits) {
   PROFIT_CHECK(
       x.scalar_type() == ScalarType::Float && y.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float,
       "block: integers serve float32");
-  PROFIT_CHECK(2 <= p.weight_bits && p.weight_bits <= 8, "block: weight_bits must be 2 to 8, got ", p.weight_bits);
+  PROFIT_CHECK(2 <= weight_bits && weight_bits <= 8, "block: weight_bits must be 2 to 8, got ", weight_bits);
   PROFIT_CHECK(x.dim() == 4 && y.dim() == 4 && is_last(x) && is_last(y), "block: x and y must be channels_last");
   const int64_t channels = x.size(1), outputs = weight.size(0), pixels = x.numel() / std::max<int64_t>(1, channels);
   PROFIT_CHECK(
       weight.numel() == outputs * channels && y.numel() == pixels * outputs && y.size(1) == outputs,
       "block: weight and y must fit x");
-  PROFIT_CHECK(!p.bias.has_value() || p.bias->numel() == outputs, "block: bias must have ", outputs, " values");
-  if (!has_byte_products() || channels % 4 != 0 || channels > kMostChannels) {
+  PROFIT_CHECK(!bias.has_value() || bias->numel() == outputs, "block: bias must have ", outputs, " values");
+  if (!has_byte_products() || !quantizer.bits.has_value() || channels % 4 != 0 || channels > kMostChannels) {
     return false;
   }
-  const InputSide input("block", Front(channels, p.norm), p.quantizer());
-  const std::vector<float> steps = weight_steps(p.c_w, p.weight_bits, outputs);
+  const InputSide input("block", Front(channels, norm), quantizer);
+  const std::vector<float> steps = weight_steps(c_w, weight_bits, outputs);
   if (!input.quantizer.is_ordinary() || !is_ordinary<float>(input.quantizer.step) ||
       !std::all_of(steps.begin(), steps.end(), is_ordinary<float>)) {
     return false;
   }
   const Tensor dense = weight.is_contiguous() ? weight : torch::stable::contiguous(weight);
   const PackedWeight packed(static_cast<const float*>(dense.const_data_ptr()), outputs, channels, steps);
-  const int64_t zero = p.is_signed ? 128 : 0;
-  const Epilogue epilogue = epilogue_of(packed, steps, input.quantizer, zero, p.bias);
+  const int64_t zero = quantizer.is_signed ? 128 : 0;
+  const Epilogue epilogue = epilogue_of(packed, steps, input.quantizer, zero, bias);
   const Input codes_of(input, Walk(x), static_cast<float>(zero));
 
   const float* from = static_cast<const float*>(x.const_data_ptr());

@@ -10,6 +10,12 @@
 #include "../simd/isa.h"
 #include "box.h"
 
+// A layer's values (values.h), in one order everywhere: norm, quantizer, weight, bias, convolution.
+#define NORM "Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta"
+#define QUANTIZER "Tensor? a, Tensor? c, int? bits, bool is_signed, float offset, int activation"
+#define CONVOLUTION "int[] stride, int[] padding, int[] dilation, int groups, float pad_value"
+#define LAYER NORM ", " QUANTIZER ", Tensor weight, Tensor? bias, " CONVOLUTION
+
 STABLE_TORCH_LIBRARY(profit_cpu, m) {
   m.def(
       "duq_forward(Tensor x, Tensor a, Tensor c, int bits, bool is_signed, float offset, int activation) -> Tensor");
@@ -21,46 +27,22 @@ STABLE_TORCH_LIBRARY(profit_cpu, m) {
       "duq_weights_backward(Tensor[] grads, Tensor[] weights, Tensor[] a, Tensor[] c, int[] bits) -> Tensor[]");
   m.def(
       "duq_codes(Tensor x, Tensor a, int bits, bool is_signed, float offset, int activation, Tensor(a!) codes) -> bool");
+  m.def("block_moments(Tensor x, float eps) -> (Tensor mean, Tensor var, Tensor invstd)");
+  m.def("block_input(Tensor x, " NORM ", " QUANTIZER ") -> Tensor");
   m.def(
-      "duq_depthwise_forward(Tensor x, Tensor weight, Tensor? a_x, Tensor? c_x, Tensor? a_w, Tensor? c_w, Tensor? bias,"
-      " int[] stride, int[] padding, int[] dilation, int? act_bits, int? weight_bits, bool is_signed, float offset,"
-      " int activation, float pad_value) -> Tensor");
+      "block_input_backward(Tensor grad, Tensor(a!) gx, Tensor x, " NORM ", " QUANTIZER ", bool of_batch)"
+      " -> (Tensor? g_gamma, Tensor? g_beta, Tensor? ga, Tensor? gc)");
+  m.def("block_depthwise(Tensor x, " LAYER ") -> Tensor");
   m.def(
-      "duq_depthwise_backward(Tensor grad, Tensor x, Tensor weight, Tensor? a_x, Tensor? c_x, Tensor? a_w, Tensor? c_w,"
-      " Tensor? bias, int[] stride, int[] padding, int[] dilation, int? act_bits, int? weight_bits, bool is_signed,"
-      " float offset, int activation, float pad_value, bool need_weight=True)"
-      " -> (Tensor gx, Tensor? gw, Tensor? ga_x, Tensor? gc_x, Tensor? ga_w, Tensor? gc_w, Tensor? gb)");
+      "block_depthwise_backward(Tensor grad, Tensor x, " LAYER ", bool of_batch, bool need_weight)"
+      " -> (Tensor gx, Tensor? g_gamma, Tensor? g_beta, Tensor? ga, Tensor? gc, Tensor? gw, Tensor? gb)");
+  m.def(
+      "block_pointwise(Tensor(a!) y, Tensor x, " NORM ", " QUANTIZER ", Tensor weight, Tensor? bias, Tensor c_w, int weight_bits)"
+      " -> bool");
   m.def("aiwq_kl(Tensor y_new, Tensor y_old, float eps) -> Tensor");
   m.def("aiwq_moments(Tensor y) -> Tensor");
-  m.def(
-      "aiwq_depthwise(Tensor x, Tensor y_new, Tensor weight_old, Tensor? bias, int[] stride, int[] padding,"
-      " int[] dilation, float pad_value, Tensor? a_x, Tensor? c_x, int? act_bits, bool is_signed, float offset,"
-      " int activation, float eps, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta) -> Tensor");
-  m.def("block_moments(Tensor x, float eps) -> (Tensor mean, Tensor var, Tensor invstd)");
-  m.def(
-      "block_input(Tensor x, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor? a, Tensor? c, int? bits,"
-      " bool is_signed, float offset, int activation) -> Tensor");
-  m.def(
-      "block_input_backward(Tensor grad, Tensor(a!) gx, Tensor x, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor? a,"
-      " Tensor? c, int? bits, bool is_signed, float offset, int activation, bool of_batch)"
-      " -> (Tensor? g_gamma, Tensor? g_beta, Tensor? ga, Tensor? gc)");
-  m.def(
-      "block_depthwise(Tensor x, Tensor mean, Tensor invstd, Tensor? gamma, Tensor? beta, Tensor weight, Tensor? a, Tensor? c,"
-      " Tensor? bias, int? bits, bool is_signed, float offset, int activation, int[] stride, int[] padding, int[] dilation,"
-      " float pad_value) -> Tensor");
-  m.def(
-      "block_pointwise(Tensor(a!) y, Tensor x, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta, Tensor weight, Tensor c_w,"
-      " int weight_bits, Tensor a, Tensor c, Tensor? bias, int bits, bool is_signed, float offset, int activation) -> bool");
-  m.def(
-      "block_depthwise_backward(Tensor grad, Tensor x, Tensor mean, Tensor invstd, Tensor? gamma, Tensor? beta,"
-      " Tensor weight, Tensor? a, Tensor? c, Tensor? bias, int? bits, bool is_signed, float offset, int activation,"
-      " int[] stride, int[] padding, int[] dilation, float pad_value, bool of_batch, bool need_weight)"
-      " -> (Tensor gx, Tensor? g_gamma, Tensor? g_beta, Tensor? gw, Tensor? ga, Tensor? gc, Tensor? gb)");
-  m.def(
-      "aiwq_update(Tensor x, Tensor y_new, Tensor weight_old, Tensor weight_new, Tensor? bias, int[] stride,"
-      " int[] padding, int[] dilation, int groups, float pad_value, Tensor? a_x, Tensor? c_x, int? act_bits,"
-      " bool is_signed, float offset, int activation, float eps, Tensor? mean, Tensor? invstd, Tensor? gamma, Tensor? beta)"
-      " -> Tensor?");
+  m.def("aiwq_depthwise(Tensor x, Tensor y_new, " LAYER ", float eps) -> Tensor");
+  m.def("aiwq_update(Tensor x, Tensor y_new, " LAYER ", float eps, Tensor weight_new) -> Tensor?");
   m.def("isa() -> int");
   m.def("limit_isa(int level) -> int");
   m.def("has_byte_products() -> bool");
@@ -82,8 +64,6 @@ STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CPU, m) {
   m.impl("aiwq_moments", PROFIT_BOX(profit::cpu::aiwq_moments));
   m.impl("aiwq_update", PROFIT_BOX(profit::cpu::aiwq_update));
   m.impl("aiwq_depthwise", PROFIT_BOX(profit::cpu::aiwq_depthwise));
-  m.impl("duq_depthwise_forward", PROFIT_BOX(profit::cpu::duq_depthwise_forward));
-  m.impl("duq_depthwise_backward", PROFIT_BOX(profit::cpu::duq_depthwise_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(profit_cpu, CompositeExplicitAutograd, m) {

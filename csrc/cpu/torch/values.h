@@ -1,4 +1,4 @@
-// What an operator needs to know of a layer: its BatchNorm, its input quantizer and its convolution, as they stand in the schemas.
+// A layer as values, in the order of all schemas: norm, quantizer, weight, bias, convolution.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -33,25 +33,14 @@ struct RawQuantizer {
   }
 };
 
-// Of a depthwise layer. stride, dilation: (h, w). padding: (left, right, top, bottom).
+// stride, dilation: (h, w). padding: (left, right, top, bottom).
 struct Convolution {
-  std::vector<int64_t> stride, padding, dilation;
-  double pad_value;
-
-  static constexpr auto fields() {
-    using C = Convolution;
-    return std::tuple{&C::stride, &C::padding, &C::dilation, &C::pad_value};
-  }
-};
-
-// Of any layer.
-struct GroupedConvolution {
   std::vector<int64_t> stride, padding, dilation;
   int64_t groups;
   double pad_value;
 
   static constexpr auto fields() {
-    using C = GroupedConvolution;
+    using C = Convolution;
     return std::tuple{&C::stride, &C::padding, &C::dilation, &C::groups, &C::pad_value};
   }
 };

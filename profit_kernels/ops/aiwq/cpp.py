@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ... import native
 from ...layer import Convolution, Norm, Quantizer
+from ..conv.cpp import layer
 from ..conv.reference import convolution
-from ..norm.cpp import front, quantized_input, settings
+from ..norm.cpp import quantized_input
 from .reference import moment_rows
 
 
@@ -30,15 +31,13 @@ def conv_kl(
     """KL of y_new from the output under the old weight; see reference.conv_kl. weight_new: what gave y_new, if known."""
     native.load()
     depthwise = conv.groups == x.shape[1] and weight_old.shape[1] == 1 and x.dim() == 4
-    geometry, side = (conv.stride, conv.pads, conv.dilation), (q.a, q.c, *settings(q), eps, *front(norm))
+    arguments = (x, y_new, *layer(norm, q, weight_old, bias, conv), eps)
     if weight_new is not None and x.dtype == y_new.dtype == torch.float32 and (depthwise or _is_pointwise(weight_old, conv)):
-        found = torch.ops.profit_cpu.aiwq_update(
-            x, y_new, weight_old, weight_new, bias, *geometry, conv.groups, conv.pad_value, *side
-        )
+        found = torch.ops.profit_cpu.aiwq_update(*arguments, weight_new)
         if found is not None:
             return found
     if depthwise:
-        return torch.ops.profit_cpu.aiwq_depthwise(x, y_new, weight_old, bias, *geometry, conv.pad_value, *side)
+        return torch.ops.profit_cpu.aiwq_depthwise(*arguments)
     return kl(y_new, _old_output(x, y_new, norm, q, weight_old, bias, conv), eps)
 
 

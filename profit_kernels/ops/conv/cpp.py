@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import native
 from ...layer import Convolution, Norm, Quantizer
-from ..norm.cpp import front, quantized_input, quantized_input_backward, settings
+from ..norm.cpp import input_side, quantized_input, quantized_input_backward
 from . import reference
 
 
@@ -42,17 +42,14 @@ def pointwise(
         return None
     images, _, height, width = x.shape
     y = torch.empty((images, weight.shape[0], height, width), dtype=x.dtype, device=x.device, memory_format=layout)
-    served = torch.ops.profit_cpu.block_pointwise(y, x, *front(norm), weight, *codes, q.a, q.c, bias, *settings(q))
+    served = torch.ops.profit_cpu.block_pointwise(y, x, *input_side(norm, q), weight, bias, *codes)
     return y if served else None
 
 
-def _depthwise(norm: Norm | None, q: Quantizer, weight: Tensor, bias: Tensor | None, conv: Convolution) -> tuple[Any, ...]:
-    """The arguments of a depthwise entry behind its tensors: with a norm or without, these are two."""
-    geometry = (conv.stride, conv.pads, conv.dilation)
-    if norm is None:
-        bits, *numbers = settings(q)
-        return weight, q.a, q.c, None, None, bias, *geometry, bits, None, *numbers, conv.pad_value
-    return *front(norm), weight, q.a, q.c, bias, *settings(q), *geometry, conv.pad_value
+def layer(norm: Norm | None, q: Quantizer, weight: Tensor, bias: Tensor | None, conv: Convolution) -> tuple[Any, ...]:
+    """A layer as all C++ schemas take it."""
+    geometry = (conv.stride, conv.pads, conv.dilation, conv.groups, conv.pad_value)
+    return *input_side(norm, q), weight, bias, *geometry
 
 
 def conv2d(
@@ -62,8 +59,7 @@ def conv2d(
     """y; see reference.conv2d. codes: the scale and the bits that the weight is quantized with, if it is."""
     if is_fused(depthwise, norm, weight):
         native.load()
-        entry = torch.ops.profit_cpu.duq_depthwise_forward if norm is None else torch.ops.profit_cpu.block_depthwise
-        return entry(x, *_depthwise(norm, q, weight, bias, conv))
+        return torch.ops.profit_cpu.block_depthwise(x, *layer(norm, q, weight, bias, conv))
     y = None if codes is None else pointwise(x, norm, q, weight, bias, conv, codes)
     return reference.conv2d(x, norm, q, weight, bias, conv, quantized_input) if y is None else y
 
@@ -77,11 +73,5 @@ def conv2d_backward(
         in_place = functools.partial(quantized_input_backward, in_place=True)
         return reference.conv2d_backward(grad, x, norm, q, weight, bias, conv, need, quantized_input, in_place)
     native.load()
-    arguments = _depthwise(norm, q, weight, bias, conv)
-    if norm is None:
-        gx, gw, ga, gc, _, _, gb = torch.ops.profit_cpu.duq_depthwise_backward(grad, x, *arguments, need[1])
-        return gx, None, None, ga, gc, gw, gb
-    gx, g_gamma, g_beta, gw, ga, gc, gb = torch.ops.profit_cpu.block_depthwise_backward(
-        grad, x, *arguments, norm.of_batch, need[1]
-    )
-    return gx, g_gamma, g_beta, ga, gc, gw, gb
+    of_batch = norm is not None and norm.of_batch
+    return torch.ops.profit_cpu.block_depthwise_backward(grad, x, *layer(norm, q, weight, bias, conv), of_batch, need[1])

@@ -17,14 +17,10 @@ def _dense(x: Tensor) -> Tensor:
     return x if last or x.is_contiguous() else x.contiguous()
 
 
-def front(norm: Norm | None) -> tuple[Tensor | None, ...]:
-    """A norm as the C++ schemas take it."""
-    return (None,) * 4 if norm is None else (norm.mean, norm.invstd, norm.gamma, norm.beta)
-
-
-def settings(q: Quantizer) -> tuple[Any, ...]:
-    """The numbers of a quantizer as the C++ schemas take them."""
-    return q.bits, q.signed, q.offset, ACTIVATIONS.index(q.activation)
+def input_side(norm: Norm | None, q: Quantizer) -> tuple[Any, ...]:
+    """Norm and quantizer as all C++ schemas take them."""
+    front = (None,) * 4 if norm is None else (norm.mean, norm.invstd, norm.gamma, norm.beta)
+    return *front, q.a, q.c, q.bits, q.signed, q.offset, ACTIVATIONS.index(q.activation)
 
 
 def moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +32,7 @@ def moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 def quantized_input(x: Tensor, norm: Norm | None, q: Quantizer) -> Tensor:
     """duq(act(v)); see reference.quantized_input."""
     native.load()
-    return torch.ops.profit_cpu.block_input(_dense(x), *front(norm), q.a, q.c, *settings(q))
+    return torch.ops.profit_cpu.block_input(_dense(x), *input_side(norm, q))
 
 
 def quantized_input_backward(
@@ -49,5 +45,5 @@ def quantized_input_backward(
         grad, in_place = torch.empty_like(dense).copy_(grad), True
     gx = grad if in_place else torch.empty_like(dense)
     of_batch = norm is not None and norm.of_batch
-    rest = torch.ops.profit_cpu.block_input_backward(grad, gx, dense, *front(norm), q.a, q.c, *settings(q), of_batch)
+    rest = torch.ops.profit_cpu.block_input_backward(grad, gx, dense, *input_side(norm, q), of_batch)
     return gx if dense is x else torch.empty_like(x).copy_(gx), *rest

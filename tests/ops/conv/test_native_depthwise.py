@@ -372,21 +372,25 @@ def test_the_plain_convolution(rng, poisoned_empty, pad_value):
         ({"stride": [0, 1]}, "at least 1"),
         ({"padding": [1, 1]}, "left, right, top, bottom"),
         ({"padding": [1, 1, -1, 1]}, "negative, got -1"),
-        ({"act_bits": 9}, "act_bits must be 2 to 8, got 9"),
-        ({"a_x": None}, "needs the interval a and the scale c"),
-        ({"a_x": torch.zeros(4)}, "one interval and one scale"),
+        ({"groups": 2}, "groups must be the 4 channels of x, got 2"),
+        ({"bits": 9}, "act_bits must be 2 to 8, got 9"),
+        ({"a": None}, "needs the interval a and the scale c"),
+        ({"a": torch.zeros(4)}, "one interval and one scale"),
         ({"activation": 4}, "unknown activation 4"),
+        ({"mean": torch.zeros(3)}, "one value for each of the 4 channels"),
+        ({"mean": torch.zeros(4)}, "mean needs invstd"),
     ],
 )
 def test_wrong_arguments_are_refused(change, message):
-    raw = torch.zeros(1)
-    call = {"x": torch.zeros(2, 4, 6, 6), "weight": torch.zeros(4, 1, 3, 3), "a_x": raw, "c_x": raw, "a_w": raw, "c_w": raw}
-    call |= {"bias": None, "stride": [1, 1], "padding": [1, 1, 1, 1], "dilation": [1, 1], "act_bits": 4, "weight_bits": 4}
-    call |= {"is_signed": False, "offset": 0.0, "activation": 0, "pad_value": 0.0} | change
+    raw, norm = torch.zeros(1), dict.fromkeys(("mean", "invstd", "gamma", "beta"))
+    call = {"x": torch.zeros(2, 4, 6, 6), **norm, "a": raw, "c": raw, "bits": 4, "is_signed": False, "offset": 0.0}
+    call |= {"activation": 0, "weight": torch.zeros(4, 1, 3, 3), "bias": None, "stride": [1, 1], "padding": [1, 1, 1, 1]}
+    call |= {"dilation": [1, 1], "groups": 4, "pad_value": 0.0} | change
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.profit_cpu.duq_depthwise_forward(**call)
+        torch.ops.profit_cpu.block_depthwise(**call)
+    grad = torch.zeros_like(call["x"])
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.profit_cpu.duq_depthwise_backward(torch.zeros_like(call["x"]), **call)
+        torch.ops.profit_cpu.block_depthwise_backward(grad, **call, of_batch=False, need_weight=True)
 
 
 def test_a_gradient_of_another_shape_is_refused():

@@ -190,15 +190,14 @@ def test_shapes_that_do_not_fit(byte_products):
     x, raw = torch.zeros(2, 8, 3, 3).to(memory_format=torch.channels_last), torch.ones(1)
     y, weight = torch.zeros(2, 4, 3, 3).to(memory_format=torch.channels_last), torch.zeros(4, 8, 1, 1)
     call = torch.ops.profit_cpu.block_pointwise
-    rest = (raw, 4, raw, raw, None, 4, True, 0.0, 0)
-    nothing = (None,) * 4
-    assert call(y, x, *nothing, weight, *rest)
+    side = (None, None, None, None, raw, raw, 4, True, 0.0, 0)
+    assert call(y, x, *side, weight, None, raw, 4)
     other = [(y[:1], x, weight), (y, x, weight[:3]), (y.contiguous(), x, weight), (y, x[:, :, :2], weight)]
     for to, source, of in (*other, (y, x.double(), weight)):
         with pytest.raises(RuntimeError, match="block: "):
-            call(to, source, *nothing, of, *rest)
+            call(to, source, *side, of, None, raw, 4)
     with pytest.raises(RuntimeError, match="must have 1 or 4 values"):
-        call(y, x, *nothing, weight, torch.ones(3), *rest[1:])
+        call(y, x, *side, weight, None, torch.ones(3), 4)
 
 
 def test_entries_use_it_and_have_the_gradients_of_the_reference(rng, byte_products, monkeypatch):
