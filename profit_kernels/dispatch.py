@@ -7,6 +7,7 @@ choice at start: `cpp`, or per operator, `duq=cpp,depthwise=reference`.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -191,7 +192,12 @@ def serving(
     imported only where it serves.
     """
     backend = choose(op, x, limits)
-    return importlib.import_module(f"{package}.{triton if backend == 'triton' else backend}")
+    return _module(package, triton if backend == "triton" else backend)
+
+
+@functools.cache
+def _module(package: str, name: str) -> ModuleType:
+    return importlib.import_module(f"{package}.{name}")
 
 
 def available_backends(device_type: str | None = None) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from profit_kernels.ops.duq import reference
+from profit_kernels.layer import levels
 from profit_kernels.testing import assert_close_banded
 
 from .children import WrongResult
@@ -74,7 +74,7 @@ def codes(actual: Tensor, expected: Tensor, x: Tensor, a: Tensor, c: Tensor, **s
 
 def one_step(actual: Tensor, expected: Tensor, c: Tensor, bits: int, signed: bool) -> None:
     """Raise WrongResult unless another quantizer of the same range is within 1.5 steps: half for its integer zero point."""
-    step = float(torch.nn.functional.softplus(c).max()) / reference.steps(bits, signed)
+    step = float(torch.nn.functional.softplus(c).max()) / levels(bits, signed)
     apart = float((actual.float() - expected.float()).abs().max())
     if not apart <= 1.5 * step + 0.02 * float(expected.abs().max()):
         raise WrongResult(f"wrong result: {apart / step:.2g} steps from the reference, 1.5 allowed")

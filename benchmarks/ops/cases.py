@@ -10,7 +10,7 @@ from torch import Tensor
 
 import profit_kernels as pk
 from profit.nn.quantizer import apply_activation
-from profit_kernels.ops.duq.reference import steps
+from profit_kernels.layer import levels
 
 from ..harness import gates, peers, registry
 from ..harness.children import WrongResult
@@ -42,7 +42,7 @@ def duq(shape: Sequence[int], kind: str, dtype: torch.dtype, device: str) -> Cas
     if activation != "none":
         add_float(case, lambda: [apply_activation(x, activation)], [x])
 
-    s = steps(BITS, signed)
+    s = levels(BITS, signed)
     low, high = (-s, s) if signed else (0, s)
     scale = torch.tensor([3.0 / s], device=device, requires_grad=True)
     zero = torch.tensor([round(-offset * s / 3.0)], device=device, dtype=torch.float32, requires_grad=True)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from profit_kernels import dispatch
-from profit_kernels.ops.block import cpp, reference
-from profit_kernels.ops.block.reference import Norm, Quantizer
+from profit_kernels.layer import Norm, Quantizer
+from profit_kernels.ops.norm import cpp, reference
 
 from ..harness import gates, options, registry
 from ..harness.children import WrongResult

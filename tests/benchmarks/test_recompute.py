@@ -9,7 +9,7 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.harness import options, registry
 from profit_kernels import native
-from profit_kernels.ops.block import cpp
+from profit_kernels.ops.norm import cpp
 
 
 @pytest.fixture(autouse=True)

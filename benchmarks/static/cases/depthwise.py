@@ -6,7 +6,7 @@ lane holds (4 channels for 3 x 3: 128 bits of float32, 64 of a half; 2 for 5 x 5
 
 from __future__ import annotations
 
-from profit_kernels.ops.depthwise import kernels, launch
+from profit_kernels.ops.conv import kernels, launch
 
 from ..compiled import StaticCase, warp_size
 
