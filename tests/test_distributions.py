@@ -22,7 +22,8 @@ TORCHES = ("2.11", "2.13", "2.14")
 OPERATOR_TESTS = (
     "tests/golden", "tests/ops/duq/test_native.py", "tests/ops/duq/test_codes.py", "tests/ops/duq/test_reference.py",
     "tests/ops/conv/test_native.py", "tests/ops/conv/test_native_depthwise.py", "tests/ops/conv/test_native_pointwise.py",
-    "tests/ops/norm/test_native.py", "tests/ops/aiwq/test_native.py", "tests/ops/test_arguments.py", "tests/ops/test_registration.py",
+    "tests/ops/norm/test_native.py", "tests/ops/aiwq/test_native.py", "tests/ops/test_arguments.py",
+    "tests/ops/test_registration.py",
 )  # fmt: skip
 
 
