@@ -6,7 +6,6 @@ Heavy imports are inside the commands: `profit --help` answers at once.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -88,7 +87,7 @@ def train(
         int | None, typer.Option(min=1, max=10**12, help="With --dry-run, without the data: training images.")
     ] = None,
     throughput: Annotated[
-        float | None, typer.Option(min=1e-9, max=1e12, help="With --dry-run: images per second, not measured.")
+        float | None, typer.Option(min=1e-9, help="With --dry-run: images per second, not measured.")
     ] = None,
     accept_changed: Annotated[
         list[str] | None,
@@ -109,7 +108,7 @@ def train(
     for option, value in (("--images", images), ("--throughput", throughput)):
         if value is not None and not dry_run:
             raise RecipeError(f"{option} is for --dry-run, which trains nothing; training takes what the recipe says (--set)")
-    if throughput is not None and not math.isfinite(throughput):
+    if throughput is not None and not throughput <= 1e12:
         raise RecipeError(f"--throughput {throughput}: give the images per second")
     if is_shadowed(recipe):
         print(f"{recipe}: the one in this folder, not the recipe of that name that comes with the package", file=sys.stderr)
