@@ -33,7 +33,8 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parent
 NAME = "profit_kernels._cpu"
-SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+CSRC = ROOT / "csrc" / "cpu"
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in CSRC.rglob("*.cpp"))
 # The oldest torch whose stable ABI the library is compiled for: it then loads in this version and all later ones.
 TARGET = (2, 11)
 COMPILE_ARGS = [
@@ -145,7 +146,7 @@ class OptionalBuild(plain_build_ext if torch is None else cpp_extension.BuildExt
 
 
 def extension() -> Extension:
-    headers = [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.h"))]
+    headers = [str(p.relative_to(ROOT)) for p in sorted(CSRC.rglob("*.h"))]
     make, flags = (Extension, []) if torch is None else (cpp_extension.CppExtension, without_paths())
     return make(
         NAME, SOURCES, depends=headers, extra_compile_args=[*COMPILE_ARGS, *flags], extra_link_args=LINK_ARGS,

@@ -13,9 +13,11 @@ Neither compiles anything or touches a GPU.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as of typing, whose import is the longest part of this one's
 if TYPE_CHECKING:
+    from typing import Any
+
     from .api import *  # noqa: F403
 
 __all__ = [

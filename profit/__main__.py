@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
-from profit.errors import missing_extra
-from profit.frame import guarded, process
+try:
+    from profit.errors import missing_extra
+    from profit.frame import guarded, process
+except KeyboardInterrupt:  # in the few milliseconds before the frame stands
+    os.write(2, b"interrupted\n")
+    os._exit(130)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

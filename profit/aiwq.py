@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -19,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 
-from profit_kernels import aiwq_conv2d, aiwq_conv2d_moments, aiwq_kl, kl_of_pooled, pool_moments
+from profit_kernels import aiwq_kl, kl_of_pooled, pool_moments, quantized_conv2d_kl, quantized_conv2d_moments
+from profit_kernels.layer import NO_QUANTIZER, Norm
 
 from .checks import brief, check_flag, check_module, check_number, check_state, check_whole
 from .config import check_choice
 from .distributed import sum_over_ranks, world_size
 from .errors import TrainingError
 from .nn.conv import QuantConv2d
-from .nn.quantizer import InputQuantizer
 
 MODES = ("corrected", "original")
 MAX_KL = 1.0  # corrected: a channel counts at most this much; original: a layer's step above it is dropped
@@ -48,9 +49,9 @@ class AIWQMonitor:
     re-estimation in between leave no trace. All forward passes between two calls of `step()` belong to one iteration
     (gradient accumulation, a layer used twice, recomputation in checkpointing): their KLs are averaged into one sample,
     or, with `pooled`, one KL is taken from the moments of all of them. A layer that does not run in an iteration gets no
-    sample from it. The hooks never wait for the device; reading `scores()`, `clamped` or `skipped` does.
+    sample from it. The observers never wait for the device; reading `scores()`, `clamped` or `skipped` does.
 
-    A deep copy of the model (a weight average, say) is not sampled. Hooks and `torch.compile` agree as far as eager hooks
+    A deep copy of the model (a weight average, say) is not sampled. Observers and `torch.compile` agree as far as eager hooks
     do: they break the graph while the monitor is attached.
 
     In several processes (torch.distributed) moments are pooled over all of them, exactly, so that every process has the
@@ -100,12 +101,12 @@ class AIWQMonitor:
         # Columns: running mean, samples in it, channels clamped, steps skipped. float64 holds the counts exactly.
         self._stats = torch.zeros(len(self._layers), 4, dtype=torch.float64)
         self._handles: list[RemovableHandle] = [
-            layer.register_forward_hook(_Probe(self, index, name))
+            layer.register_observer(_Probe(self, index, name))
             for index, (name, layer) in enumerate(self._layers.items())
         ]
 
     @torch.no_grad()
-    def _observe(self, index: int, name: str, x: Tensor, y_new: Tensor) -> None:
+    def _observe(self, index: int, name: str, x: Tensor, norm: Norm | None, y_new: Tensor) -> None:
         self._ran = True
         needed_next = (self._iteration + 1) % self.every == 0
         if needed_next and not self._captured:
@@ -115,7 +116,7 @@ class AIWQMonitor:
             layer = self._layers[name]
             measure = _original_kl if self.mode == "original" else partial(_corrected, self.pooled)
             previous = self._previous[name].to(layer.weight.device)
-            self._pending.append((index, measure(layer, x, y_new, previous, self._captured.get(name))))
+            self._pending.append((index, measure(layer, x, norm, y_new, previous, self._captured.get(name))))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -295,21 +296,21 @@ def _check_tensor(value: object, key: str, shape: torch.Size) -> None:
 
 
 class _Probe:
-    """The forward hook of one layer. Copies of the model get `_no_probe` in its place."""
+    """The observer of one layer. Copies of the model get `_no_probe` in its place."""
 
     def __init__(self, monitor: AIWQMonitor, index: int, name: str) -> None:
         self.monitor, self.index, self.name = monitor, index, name
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if module.training and torch.is_grad_enabled():
-            self.monitor._observe(self.index, self.name, args[0], output)
+    def __call__(self, layer: QuantConv2d, x: Tensor, norm: Norm | None, y: Tensor) -> None:
+        if layer.training and torch.is_grad_enabled():
+            self.monitor._observe(self.index, self.name, x, norm, y)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # copy.deepcopy and pickle both come here: a copied layer must not report to the monitor of the original.
         return _make_no_probe, ()
 
 
-def _no_probe(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+def _no_probe(layer: QuantConv2d, x: Tensor, norm: Norm | None, y: Tensor) -> None:
     return None
 
 
@@ -324,36 +325,23 @@ def _quantized_weight(layer: QuantConv2d) -> Tensor:
 
 
 def _corrected(
-    moments: bool, layer: QuantConv2d, x: Tensor, y_new: Tensor, weight_old: Tensor, weight_new: Tensor | None
+    pooled: bool, layer: QuantConv2d, x: Tensor, norm: Norm | None, y_new: Tensor, weight_old: Tensor, weight_new: Tensor | None
 ) -> Tensor:
     """KL [C], or moments [5, C], with the layer's own padding; the operator quantizes the raw input itself where it can."""
-    quantizer: InputQuantizer = layer.input_quantizer
-    settings: dict[str, Any] = {}
-    fused = quantizer.is_duq and layer.padding_mode == "zeros"
-    if fused and layer.norm is not None and not moments:
-        settings["norm"] = layer.norm.settings() | {"statistics": layer.norm.latest}
-    else:
+    if norm is None:
         x = layer.after_norm(x)
-    if fused:
-        settings |= {"activation": quantizer.activation, "padding": layer.padding4(x), "pad_value": layer.pad_value}
-        if quantizer.bits is not None:
-            settings |= {"a_x": quantizer.a, "c_x": quantizer.c, "act_bits": quantizer.bits}
-            settings |= {"signed": quantizer.signed, "offset": quantizer.offset}
-    else:
-        x = quantizer(x)
-        if layer.padding_mode == "zeros":
-            settings = {"padding": layer.padding4(x), "pad_value": layer.pad_value}
-        else:
-            x = F.pad(x, layer.padding4(x), mode=layer.padding_mode)
-    settings |= {"stride": layer.stride, "dilation": layer.dilation, "groups": layer.groups}
-    if moments:
-        return aiwq_conv2d_moments(x, y_new, weight_old, layer.bias, **settings)
-    settings.setdefault("padding", (0, 0, 0, 0))
-    return aiwq_conv2d(x, y_new, weight_old, layer.bias, weight_new=weight_new, check=False, **settings)
+    quantizer, conv = layer.input_quantizer.value(), layer.convolution(x)
+    if not (layer.input_quantizer.is_duq and layer.padding_mode == "zeros"):
+        x, quantizer = layer.input_quantizer(x), NO_QUANTIZER
+    if layer.padding_mode != "zeros":
+        x = F.pad(x, conv.pads, mode=layer.padding_mode)
+        conv = replace(conv, pads=[0, 0, 0, 0])
+    values = (x, y_new, norm, quantizer, weight_old, layer.bias, conv)
+    return quantized_conv2d_moments(*values) if pooled else quantized_conv2d_kl(*values, weight_new=weight_new)
 
 
 def _original_kl(
-    layer: QuantConv2d, x: Tensor, y_new: Tensor, weight_old: Tensor, weight_new: Tensor | None
+    layer: QuantConv2d, x: Tensor, norm: Norm | None, y_new: Tensor, weight_old: Tensor, weight_new: Tensor | None
 ) -> Tensor:
     """Mean KL [1] over the channels that vary, the old output zero-padded whatever the layer does."""
     x = F.pad(layer.input_quantizer(layer.after_norm(x)), layer.padding4(x))

@@ -6,7 +6,6 @@ Heavy imports are inside the commands: `profit --help` answers at once.
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -84,8 +83,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the phases, what they freeze and the estimated time; train nothing.")
     ] = False,
-    images: Annotated[int | None, typer.Option(min=1, help="With --dry-run, without the data: training images.")] = None,
-    throughput: Annotated[float | None, typer.Option(min=1e-9, help="With --dry-run: images per second, not measured.")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, max=10**12, help="With --dry-run, without the data: training images.")
+    ] = None,
+    throughput: Annotated[
+        float | None, typer.Option(min=1e-9, help="With --dry-run: images per second, not measured.")
+    ] = None,
     accept_changed: Annotated[
         list[str] | None,
         typer.Option(metavar="WHAT", help="With --resume: recipe, teacher or data may have changed; may be repeated."),
@@ -105,7 +108,7 @@ def train(
     for option, value in (("--images", images), ("--throughput", throughput)):
         if value is not None and not dry_run:
             raise RecipeError(f"{option} is for --dry-run, which trains nothing; training takes what the recipe says (--set)")
-    if throughput is not None and not math.isfinite(throughput):
+    if throughput is not None and not throughput <= 1e12:
         raise RecipeError(f"--throughput {throughput}: give the images per second")
     if is_shadowed(recipe):
         print(f"{recipe}: the one in this folder, not the recipe of that name that comes with the package", file=sys.stderr)
@@ -213,7 +216,9 @@ def verify(
     exported: Annotated[Path, typer.Argument(help="A file that export wrote.", show_default=False)],
     against: Annotated[Path, typer.Option(help="The run folder it was exported from.", show_default=False)],
     checkpoint: Checkpoint = None,
-    images: Annotated[int | None, typer.Option(help="Use this many of the run's test images; all by default.")] = None,
+    images: Annotated[
+        int | None, typer.Option(max=10**12, help="Use this many of the run's test images; all by default.")
+    ] = None,
     trust: Annotated[bool, typer.Option("--trust", help="Open a .pt2 file, which can run code of whoever made it.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

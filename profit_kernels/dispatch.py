@@ -7,6 +7,7 @@ choice at start: `cpp`, or per operator, `duq=cpp,depthwise=reference`.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -139,9 +140,19 @@ def why_not(
     return limits.get(backend) if limits else None
 
 
-def wrong_setting() -> str | None:
-    """What is wrong with an environment variable that chooses kernels (PROFIT_BACKEND, PROFIT_CPU_ISA); None if nothing is."""
-    return (_wrong if _UNKNOWN in _choice.values() else None) or native.wrong_setting()
+def wrong_setting(device_type: str | None = None) -> str | None:
+    """What is wrong with an environment variable that chooses kernels (PROFIT_BACKEND, PROFIT_CPU_ISA); None if nothing is.
+
+    With a `device_type`, also that a backend asked for by name does not run there at all.
+    """
+    wrong = (_wrong if _UNKNOWN in _choice.values() else None) or native.wrong_setting()
+    if wrong is not None or device_type is None:
+        return wrong
+    absent = {name: missing(name, device_type) for name in set(_choice.values()) - {"auto", "reference"}}
+    found = next((name for name in sorted(absent) if absent[name] is not None), None)
+    if found is None:
+        return None
+    return f"the backend {found!r} asked for (PROFIT_BACKEND, set_backend) is not usable: {absent[found]}"
 
 
 def choose(op: str, x: Tensor, limits: Mapping[str, str | None] | None = None) -> str:
@@ -181,7 +192,12 @@ def serving(
     imported only where it serves.
     """
     backend = choose(op, x, limits)
-    return importlib.import_module(f"{package}.{triton if backend == 'triton' else backend}")
+    return _module(package, triton if backend == "triton" else backend)
+
+
+@functools.cache
+def _module(package: str, name: str) -> ModuleType:
+    return importlib.import_module(f"{package}.{name}")
 
 
 def available_backends(device_type: str | None = None) -> tuple[str, ...]:

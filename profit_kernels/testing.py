@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .layer import levels
 from .ops.duq import reference
 
 BAND_ULPS = 4
@@ -61,7 +62,7 @@ def rounding_band(
     ulps: int = BAND_ULPS,
 ) -> Tensor:
     """True where u * s is within `ulps` ulp of a rounding edge, in the compute dtype. Arguments as duq_fake_quantize."""
-    v = _scaled(x, a, offset, activation).clamp(-1.0 if signed else 0.0, 1.0) * reference.steps(bits, signed)
+    v = _scaled(x, a, offset, activation).clamp(-1.0 if signed else 0.0, 1.0) * levels(bits, signed)
     return (v - (v.floor() + 0.5)).abs() <= ulps * _ulp(v)
 
 
@@ -113,7 +114,7 @@ def assert_close_banded(
     value_error = VALUE_ULPS * _ulp(size)
     if actual.dtype != wide:
         value_error = torch.maximum(value_error, torch.finfo(actual.dtype).eps * size)
-    step = C / reference.steps(bits, signed)
+    step = C / levels(bits, signed)
 
     both_nan = got.isnan() & want.isnan()
     one_nan = got.isnan() ^ want.isnan()
@@ -145,7 +146,7 @@ def edge_data(
     n: int, a: Tensor, *, bits: int, signed: bool = False, offset: float = 0.0, generator: torch.Generator | None = None
 ) -> Tensor:
     """n float32 inputs (activation "none") at the rounding edges, the codes and the ends, each moved by -2 to 2 ulp."""
-    s = reference.steps(bits, signed)
+    s = levels(bits, signed)
     A = torch.nn.functional.softplus(a.detach().double()).item()
     low = -2 * s if signed else 0
     halves = torch.randint(low, 2 * s + 1, (n,), generator=generator).double() / 2

@@ -21,7 +21,8 @@ if not torch.cuda.is_available():
 HAS_TIMM = importlib.util.find_spec("timm") is not None
 collect_ignore = [] if HAS_TIMM else [
     "profit/security", "profit/train", "profit/test_cli.py", "profit/test_data.py", "profit/test_hostile_images.py",
-    "profit/test_models.py", "test_examples.py", "test_zoo.py",
+    "profit/test_models.py", "profit/test_streams.py", "profit/test_frame.py", "profit/export/test_command.py",
+    "test_examples.py", "benchmarks/test_zoo.py", "benchmarks/test_export.py", "benchmarks/test_fuzz.py",
 ]  # fmt: skip
 
 

@@ -21,8 +21,9 @@ TORCHES = ("2.11", "2.13", "2.14")
 # Operators against the reference and the recorded vectors: what the compiled library does.
 OPERATOR_TESTS = (
     "tests/golden", "tests/ops/duq/test_native.py", "tests/ops/duq/test_codes.py", "tests/ops/duq/test_reference.py",
-    "tests/ops/depthwise/test_native.py", "tests/ops/block/test_native.py", "tests/ops/block/test_pointwise.py",
-    "tests/ops/aiwq/test_native.py", "tests/ops/test_arguments.py", "tests/ops/test_registration.py",
+    "tests/ops/conv/test_native.py", "tests/ops/conv/test_native_depthwise.py", "tests/ops/conv/test_native_pointwise.py",
+    "tests/ops/norm/test_native.py", "tests/ops/aiwq/test_native.py", "tests/ops/test_arguments.py",
+    "tests/ops/test_registration.py",
 )  # fmt: skip
 
 
@@ -94,7 +95,8 @@ def test_a_wheel_built_once_passes_its_operator_tests_under(version, wheel, tmp_
     (work / "pytest.ini").write_text("[pytest]\npythonpath = .\naddopts = --import-mode=importlib\nmarkers =\n  slow\n  gpu\n")
     shutil.copytree(ROOT / "tests", work / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     try:
-        got = run("-m", "pip", "install", "--no-cache-dir", "--no-compile", f"torch=={version}.*", "numpy")
+        # numpy: the interpreter of Triton 3.6, which comes with torch 2.11, does not run with 2.4
+        got = run("-m", "pip", "install", "--no-cache-dir", "--no-compile", f"torch=={version}.*", "numpy<2.4")
         if got.returncode:
             pytest.skip(f"the package index does not deliver torch {version}: {got.stderr.strip().splitlines()[-1]}")
         got = run("-m", "pip", "install", str(wheel), "pytest", "hypothesis")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from profit_kernels import block_conv2d, duq_conv2d, duq_depthwise_conv2d
+from profit_kernels import quantized_conv2d
+from profit_kernels.layer import BatchNorm, Convolution, Norm
 
 from ..config import DuQConfig
 from ..errors import ConversionError
 from .deferred import DeferredBatchNorm
 from .layer import QuantLayer, build_quantizers, check_own_parameters, finish
 from .quantizer import InputQuantizer, WeightQuantizer
+
+Observer = Callable[["QuantConv2d", Tensor, Norm | None, Tensor], None]
 
 # Subclasses whose forward is that of Conv2d after TensorFlow's dynamic "same" padding. By name: timm is optional.
 _SAME_PADDED = ("timm.layers.conv2d_same.Conv2dSame",)
@@ -59,6 +64,14 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         self.pad_value = float(pad_value)
         self.same_padding = same_padding
         self.set_norm(None)
+        self._observers: OrderedDict[int, Observer] = OrderedDict()
+
+    def register_observer(self, observer: Observer) -> RemovableHandle:
+        """Call `observer(layer, x, norm, y)` at the end of every forward; like a forward hook, but with the `Norm` that
+        normalised x (None where the operator applied no BatchNorm)."""
+        handle = RemovableHandle(self._observers)
+        self._observers[handle.id] = observer
+        return handle
 
     @property
     def norm(self) -> DeferredBatchNorm | None:
@@ -72,7 +85,7 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 
     @property
     def can_apply_norm(self) -> bool:
-        """Whether `block_conv2d` computes this layer."""
+        """Whether the operator computes this layer and has something to fuse the BatchNorm with."""
         quantizer = self.input_quantizer
         return quantizer.is_duq and quantizer.kind != "raw" and self.padding_mode == "zeros"
 
@@ -143,13 +156,40 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         return self.groups == self.in_channels > 1
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 4 and self.can_apply_norm and (self.norm is not None or not self.is_depthwise):
-            return self._block(x)
+        if self.input_quantizer.is_duq and self.padding_mode == "zeros" and x.dim() == 4:
+            y, norm = self._fused(x)
+        else:
+            y, norm = self._in_parts(x), None
+        for observer in self._observers.values():
+            observer(self, x, norm, y)
+        return y
+
+    def _fused(self, x: Tensor) -> tuple[Tensor, Norm | None]:
+        """[BatchNorm], activation, quantizer and convolution in one operator, which keeps x alone for the backward."""
+        self.input_quantizer.check_ready()
+        norm = None if self.norm is None else self._batch_norm(x)
+        return quantized_conv2d(
+            x, norm, self.input_quantizer.value(), self.quantized_weight(), self.bias, self.convolution(x), self.weight_codes()
+        )
+
+    def _batch_norm(self, x: Tensor) -> BatchNorm:
+        """The BatchNorm in front as this forward computes it; counts the batch."""
+        if self.norm.uses_batch and x.numel() == x.shape[1]:
+            raise ValueError(
+                f"layer {self.layer_name!r}: the BatchNorm in front needs more than one value per channel in training mode, "
+                f"got {list(x.shape)}: use larger images or batches"
+            )
+        return self.norm.value(self.norm.count_batch())
+
+    def convolution(self, x: Tensor) -> Convolution:
+        """The geometry for an input [N, C, H, W]."""
+        pads = list(self.padding4(x))
+        return Convolution(list(self.stride), pads, list(self.dilation), self.groups, self.pad_value)
+
+    def _in_parts(self, x: Tensor) -> Tensor:
+        """What no operator computes: another quantizer, another border than a constant, a single image."""
         if self.norm is not None:
             x = self.norm.apply_to(x)
-        fused = self.input_quantizer.is_duq and self.weight_quantizer.is_duq
-        if fused and self.is_depthwise and self.padding_mode == "zeros" and x.dim() == 4:
-            return self._fused_depthwise(x)
         x = self.input_quantizer(x)
         weight = self.quantized_weight()
         if self.padding_mode != "zeros":
@@ -159,45 +199,6 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
             return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         x = F.pad(x, self.padding4(x), value=self.pad_value)
         return F.conv2d(x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-    def _block(self, x: Tensor) -> Tensor:
-        """[BatchNorm], activation, quantizer and convolution in one operator, which keeps x alone for the backward."""
-        q, norm = self.input_quantizer, self.norm
-        q.check_ready()
-        quantized = (self.quantized_weight(), q.a, q.c, None, None, self.bias)
-        settings: dict[str, Any] = {
-            "act_bits": q.bits, "weight_bits": None, "signed": q.signed, "offset": q.offset, "activation": q.activation,
-            "pad_value": self.pad_value, "stride": self.stride, "padding": self.padding4(x), "dilation": self.dilation,
-            "groups": self.groups, "weight_codes": self.weight_codes(),
-        }  # fmt: skip
-        if norm is None:
-            return duq_conv2d(x, *quantized, **settings)
-        if norm.uses_batch and x.numel() == x.shape[1]:
-            raise ValueError(
-                f"layer {self.layer_name!r}: the BatchNorm in front needs more than one value per channel in training mode, "
-                f"got {list(x.shape)}: use larger images or batches"
-            )
-        momentum = norm.count_batch()
-        record: list[tuple[Tensor, Tensor]] = []
-        y = block_conv2d(
-            x, norm.weight, norm.bias, *norm.running(), *quantized, training=norm.uses_batch, momentum=momentum,
-            eps=norm.eps, record=record, **settings,
-        )  # fmt: skip
-        if not torch.compiler.is_compiling():  # a compiled graph would have to return them
-            norm.latest = record[0] if record else None
-        return y
-
-    def _fused_depthwise(self, x: Tensor) -> Tensor:
-        q, w = self.input_quantizer, self.weight_quantizer
-        q.check_ready()
-        w.check_ready()
-        ready = self.ready_weight()
-        return duq_depthwise_conv2d(
-            x, self.weight if ready is None else ready, q.a, q.c, w.a, w.c, self.bias,
-            stride=self.stride, padding=self.padding4(x), dilation=self.dilation, act_bits=q.bits,
-            weight_bits=w.bits if ready is None else None, signed=q.signed, offset=q.offset, activation=q.activation,
-            pad_value=self.pad_value,
-        )  # fmt: skip
 
     def extra_repr(self) -> str:
         same = ", same_padding=True" if self.same_padding else ""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from profit_kernels import batch_norm_act, block_batch_norm
+from profit_kernels.layer import BatchNorm
 
 _SETTINGS = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 # One dictionary for both modules, so that .to(), load_state_dict, copies and new hooks reach the original as well.
@@ -75,19 +74,15 @@ class DeferredBatchNorm(StandIn):
         momentum = self.count_batch()
         return F.batch_norm(x, *self.running(), self.weight, self.bias, self.uses_batch, momentum, self.eps)
 
-    # (mean, 1 / sqrt(variance + eps)) of the reader's latest forward, where a kernel took them
-    latest: tuple[Tensor, Tensor] | None = None
+    def value(self, momentum: float) -> BatchNorm:
+        """What it computes in a forward whose batch enters the running statistics with `momentum`."""
+        return BatchNorm(self.weight, self.bias, *self.running(), self.uses_batch, momentum, self.eps)
 
     def preview(self, x: Tensor) -> Tensor:
         """BatchNorm of x as the reader computes it, without gradient and with no statistics changed."""
-        return block_batch_norm(x, **self.settings())
-
-    def settings(self) -> dict[str, Any]:
-        """The arguments of `block_batch_norm` with which it is computed now."""
-        return {
-            "bn_weight": self.weight, "bn_bias": self.bias, "running_mean": self.running_mean,
-            "running_var": self.running_var, "training": self.uses_batch, "eps": self.eps,
-        }  # fmt: skip
+        return block_batch_norm(
+            x, self.weight, self.bias, self.running_mean, self.running_var, training=self.uses_batch, eps=self.eps
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, deferred"

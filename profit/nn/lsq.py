@@ -16,6 +16,8 @@ import math
 import torch
 from torch import Tensor
 
+from profit_kernels.layer import levels
+
 from ..errors import CalibrationError
 from .quantizer import InputQuantizer, WeightQuantizer, _Quantizer, apply_activation
 from .straight_through import clip_strict, in_float, round_ste, scale_gradient
@@ -43,7 +45,7 @@ class _Stepped(_Quantizer):
 
     def levels(self) -> tuple[int, int]:
         """(-Q_N, Q_P) at the present bit width: a two's complement range."""
-        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return -levels(self.bits, True) - 1, levels(self.bits, True)
 
     def unit(self) -> float:
         """Q_P, so that `a` is the range and the range is carried on."""
@@ -69,7 +71,7 @@ class LSQInput(_Stepped, InputQuantizer):
 
     def levels(self) -> tuple[int, int]:
         """(-Q_N, Q_P) at the present bit width."""
-        return (0, 2**self.bits - 1) if self.kind == "unsigned" else super().levels()
+        return (0, levels(self.bits, False)) if self.kind == "unsigned" else super().levels()
 
     @torch.no_grad()
     def _set_range(self, value: float) -> None:
@@ -109,7 +111,7 @@ class LSQPlusInput(LSQInput):
 
     def levels(self) -> tuple[int, int]:
         """(0, 2^k - 1): the offset serves the negative part."""
-        return 0, 2**self.bits - 1
+        return 0, levels(self.bits, False)
 
     @torch.no_grad()
     def set_range(self, value: float) -> None:
@@ -180,7 +182,7 @@ class LSQPlusWeight(LSQWeight):
         mean, deviation = rows.mean(1), rows.std(1, correction=0)
         reach = torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs())
         reach = torch.where(reach > 0, reach, reach.max())
-        self._set_step(reach / 2 ** (self.bits - 1))
+        self._set_step(reach / -self.levels()[0])
 
 
 def _features(x: Tensor) -> int:

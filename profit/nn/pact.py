@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from profit_kernels.layer import levels
+
 from ..errors import CalibrationError
 from .quantizer import InputQuantizer, WeightQuantizer, apply_activation
 from .straight_through import in_float, round_ste
@@ -40,7 +42,7 @@ class PACTInput(InputQuantizer):
     def fake_quantize(self, x: Tensor) -> Tensor:
         h = in_float(apply_activation(x, self.activation))
         low = -1.0 if self.signed else 0.0
-        steps = 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        steps = levels(self.bits, self.signed)
         # The step is held constant: PACT takes d/dalpha from the clip alone. With a live step it would also contain the
         # rounding error inside the range, which is LSQ's gradient.
         clipped = torch.where(h >= self.a, self.a, torch.where(h <= low * self.a, low * self.a, h))
@@ -74,7 +76,7 @@ class PACTWeight(WeightQuantizer):
         else:
             peak = magnitude.flatten(1).amax(1).reshape(-1, *[1] * (weight.dim() - 1))
             peak = torch.where(peak > 0, peak, 1.0)
-        steps = 2**self.bits - 1
+        steps = levels(self.bits, False)
         unit = 0.5 * t / peak + 0.5
         return (2.0 * (round_ste(unit * steps) / steps) - 1.0).to(weight.dtype)
 

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from profit_kernels.layer import levels
+
 from ..errors import CalibrationError
 from .quantizer import InputQuantizer, WeightQuantizer, apply_activation
 from .straight_through import clip_strict, in_float, round_ste
@@ -61,7 +63,7 @@ class QILInput(InputQuantizer):
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         h = in_float(apply_activation(x, self.activation))
-        steps = 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        steps = levels(self.bits, self.signed)
         return qil_quantize(h, self.a, self.c, steps, None, self.signed).to(x.dtype)
 
 
@@ -93,6 +95,6 @@ class QILWeight(WeightQuantizer):
     def fake_quantize(self, weight: Tensor) -> Tensor:
         shape = (-1, *[1] * (weight.dim() - 1)) if self.channels is not None else (1,)
         center, half_width, gamma = (p.reshape(shape) for p in (self.a, self.c, self.gamma))
-        steps = 2 ** (self.bits - 1) - 1
+        steps = levels(self.bits, True)
         exponent = gamma if self.bits == 2 else None
         return qil_quantize(in_float(weight), center, half_width, steps, exponent, signed=True).to(weight.dtype)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from profit_kernels import duq_fake_quantize
+from profit_kernels.layer import Quantizer
 
 from ..config import ACTIVATIONS, KINDS, check_bits, check_choice
 from ..errors import CalibrationError
@@ -166,6 +167,10 @@ class InputQuantizer(_Quantizer):
             raise CalibrationError(
                 f"the input of {self._where()} has no range yet: run calibrate_ on some batches first"
             )
+
+    def value(self) -> Quantizer:
+        """What the operators take."""
+        return Quantizer(self.a, self.c, self.bits, self.signed, self.offset, self.activation)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """The quantized activation of `x`; replaced by the baselines."""

@@ -171,6 +171,8 @@ def resolve_weights(folder: Path, which: str | None) -> Path:
         if not (folder / MODEL).is_file():
             raise CheckpointError(f"{folder} has no {MODEL}: the run is not finished; --checkpoint last takes its newest state")
         return folder / MODEL
+    if not which:
+        raise CheckpointError("--checkpoint is empty: give a weight file, or best, best_ema or last")
     if which == "last":
         found = checkpoints(folder / CHECKPOINTS)
         if not found:

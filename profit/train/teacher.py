@@ -61,7 +61,7 @@ def _pretrained(source: str, architecture: Architecture, pretrained: bool) -> nn
 
             # networks for other tasks fetch the weights of their backbone even where none are asked for
             if name not in models.list_models(module=models):
-                raise RecipeError(f"teacher.source: torchvision has no network {name!r} for classification")
+                raise ValueError("torchvision has no network of this name for classification")
             teacher = get_model(name, weights="DEFAULT" if pretrained else None)
             classes = 1000
         else:

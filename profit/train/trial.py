@@ -34,7 +34,7 @@ def tried(architecture: Architecture, pretrained: bool, device: torch.device | s
             is; the setting that is to blame is named.
         ProfitError: the kernels' settings are wrong, or what the constructor says in such a line itself.
     """
-    wrong = dispatch.wrong_setting()
+    wrong = dispatch.wrong_setting(torch.device(device).type)
     if wrong is not None:
         raise ProfitError(wrong)
     try:

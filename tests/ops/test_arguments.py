@@ -193,9 +193,6 @@ def test_batch_norm(op):
         call(op)
 
 
-def test_a_record_is_a_list():
-    refuses("block_conv2d", TypeError, "record must be a list to append to, or None, got tuple", record=())
-
 
 @pytest.mark.parametrize("op", ["aiwq_conv2d", "aiwq_conv2d_moments"])
 def test_the_layer_of_aiwq(op):

@@ -19,7 +19,8 @@ def needs(backend: str, op: str = "duq") -> None:
         pytest.skip(f"{backend}: {reason}")
 
 
-def samples(requires_grad: bool = True) -> dict[str, tuple]:
+def samples(requires_grad: bool = True, kind: str = "block") -> dict[str, tuple]:
+    """Arguments of every registered operator; `kind` of call of the convolution: only a block has a norm."""
     x = torch.randn(2, 4, 7, 6, requires_grad=requires_grad)
     w = torch.randn(4, 1, 3, 3, requires_grad=requires_grad)
     a, c, a_w, c_w = (torch.rand(1).requires_grad_(requires_grad) for _ in range(4))
@@ -28,28 +29,23 @@ def samples(requires_grad: bool = True) -> dict[str, tuple]:
     quant = (4, False, -0.375, "hardswish")
     geometry = ([1, 1], [1, 1, 1, 1], [1, 1])
     norm = (torch.randn(4), torch.rand(4) + 0.5, *(torch.rand(4).requires_grad_(requires_grad) for _ in range(2)))
-    block = (True, *quant, *geometry, 4, -0.375, None)
+    layer = (*(norm if kind == "block" else [None] * 4), a, c, w, bias)
+    numbers = (kind == "block", *quant, *geometry, 4, -0.375)
+    of_aiwq = tuple(t.detach() for t in (*norm, a, c, w, bias))
     return {
         "duq": (x, a, c, *quant),
         "duq_backward": (g, x, a, c, *quant),
         "duq_codes": (x.detach(), a.detach(), *quant),
         "duq_weights": ([x, w], [a, a_w], [c, c_w], [4, 2]),
         "duq_weights_backward": ([g, w.detach()], [x, w], [a, a_w], [c, c_w], [4, 2]),
-        "depthwise_conv2d": (x, w, bias, *geometry, -0.375),
-        "depthwise_conv2d_backward": (g, x, w, True, *geometry, -0.375, True),
-        "duq_depthwise_conv2d": (x, w, a, c, a_w, c_w, bias, *geometry, 4, 3, False, -0.375, "hardswish", -0.375),
-        "duq_depthwise_conv2d_backward": (
-            g, x, w, a, c, a_w, c_w, bias, *geometry, 4, 3, False, -0.375, "hardswish", -0.375, True,
-        ),  # fmt: skip
         "batch_norm_act": (x, *norm, True, "hardswish"),
         "batch_norm_act_backward": (g, x, *norm, True, "hardswish"),
-        "block_moments": (x.detach(), 1e-5),
-        "block_conv2d": (x, *norm, w, a, c, bias, None, *block),
-        "block_conv2d_backward": (g, x, *norm, w, a, c, bias, None, *block, True, True, True),
+        "batch_norm_moments": (x.detach(), 1e-5),
+        "conv2d": (x, *layer, None, *numbers, kind, None),
+        "conv2d_backward": (g, x, *layer, None, *numbers, kind, None, True, True, True),
         "aiwq_kl": (x.detach(), g, 1e-12),
-        "aiwq_conv2d": (
-            x.detach(), g, w.detach(), None, *geometry, 4, -0.375, a.detach(), c.detach(), 4, False, -0.375, "hardswish", 1e-12,
-        ),  # fmt: skip
+        "aiwq_conv2d": (x.detach(), g, *of_aiwq, None, *numbers, 1e-12),
+        "aiwq_conv2d_moments": (x.detach(), g, *of_aiwq, *numbers),
     }  # fmt: skip
 
 
@@ -68,16 +64,25 @@ def test_opcheck_reference(name):
         torch.library.opcheck(getattr(OPS, name).default, samples(requires_grad=not name.endswith("_backward"))[name])
 
 
+KERNELS = {
+    "duq": ("duq", "duq_backward"),
+    "block": ("conv2d", "conv2d_backward", "batch_norm_moments", "batch_norm_act", "batch_norm_act_backward"),
+    "duq_depthwise": ("conv2d", "conv2d_backward"),
+    "aiwq": ("aiwq_kl",),
+    "aiwq_conv": ("aiwq_conv2d",),
+}
+
+
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-@pytest.mark.parametrize("name", ["duq", "depthwise_conv2d", "duq_depthwise_conv2d", "aiwq_kl", "aiwq_conv2d"])
-def test_opcheck_kernels(name, backend):
-    op = {"aiwq_kl": "aiwq", "aiwq_conv2d": "aiwq_conv"}.get(name, name.removesuffix("_conv2d"))
+@pytest.mark.parametrize("op", KERNELS)
+def test_opcheck_kernels(op, backend):
     needs(backend, op)
     # What depends on the kernel (the interpreter is slow); autograd is the same for all and checked with the reference.
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     with pk.use_backend(backend, ops=[op, "duq"]):
-        for kind in (name,) if name.startswith("aiwq") else (name, f"{name}_backward"):
-            torch.library.opcheck(getattr(OPS, kind).default, samples(requires_grad=False)[kind], **checks)
+        for name in KERNELS[op]:
+            arguments = samples(requires_grad=False, kind=op if "depthwise" in op else "block")[name]
+            torch.library.opcheck(getattr(OPS, name).default, arguments, **checks)
 
 
 def _net(x, w, a, c):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,15 +14,10 @@ from profit import (
     quant_layers,
     quantize_,
 )
-from profit_kernels import dispatch
+from tests.ops.conv.registered import registered
 
-
-@contextmanager
-def exact():
-    """The registered operator with the reference in it: in float64 a fused net then equals an unfused one to rounding."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "choose", lambda op, x, *limits: "registered" if op == "block" else "reference")
-        yield
+# In float64 a fused net then equals an unfused one to rounding.
+exact = registered
 
 
 class Chain(nn.Module):

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from ...dispatch import triton_interpreted
+from ...layer import Convolution, Norm, Quantizer, levels
 from ..duq import launch as duq
-from ..duq.reference import steps
+from ..norm.reference import normalize
 from . import conv_kernels, kernels
 from .tiles import (
     DIVERGENCE,
@@ -61,23 +62,25 @@ def kl(y_new: Tensor, y_old: Tensor, eps: float) -> Tensor:
 
 
 def conv_kl(
-    x: Tensor, y_new: Tensor, weight_old: Tensor, bias: Tensor | None, stride: list[int], pads: list[int], dilation: list[int],
-    groups: int, pad_value: float, a_x: Tensor | None, c_x: Tensor | None, act_bits: int | None, signed: bool, offset: float,
-    activation: str, eps: float,
+    x: Tensor, y_new: Tensor, norm: Norm | None, q: Quantizer, weight_old: Tensor, bias: Tensor | None, conv: Convolution,
+    eps: float,
 ) -> Tensor:  # fmt: skip
     """KL of y_new from what the old weight gives; see reference.conv_kl. Depthwise, or 1x1 without groups and padding."""
-    _check(x, y_new, weight_old, bias, stride, pads, dilation)
+    _check(x, y_new, weight_old, bias, conv)
     if y_new.numel() == 0:
         return _no_samples(y_new)
+    if norm is not None:
+        x = normalize(x, norm)
     channels, _, *kernel = weight_old.shape
-    pointwise = groups == 1 and kernel == [1, 1] and not any(pads)
+    pointwise = conv.groups == 1 and kernel == [1, 1] and not any(conv.pads)
     channels_last = _is_channels_last(y_new)
     if pointwise:
-        x = x[:, :, :: stride[0], :: stride[1]]
+        x = x[:, :, :: conv.stride[0], :: conv.stride[1]]
     x, y_new = _as(x, channels_last), _as(y_new, channels_last)
-    if act_bits is not None and not (pointwise and quantizes_itself(channels, y_new.dtype, _amd())):
-        x = duq.forward(x, a_x, c_x, act_bits, signed, offset, activation)
-        act_bits, activation = None, "none"
+    bits, activation = q.bits, q.activation
+    if bits is not None and not (pointwise and quantizes_itself(channels, y_new.dtype, _amd())):
+        x = duq.forward(x, q.a, q.c, bits, q.signed, q.offset, activation)
+        bits, activation = None, "none"
     # [taps or input channels, channels]: lanes read neighbouring channels.
     weight = weight_old.to(y_new.dtype).reshape(channels, -1).t().contiguous()
     # A pointer that is never followed stands for what is absent.
@@ -86,12 +89,12 @@ def conv_kl(
     with duq.on_device(x):
         if pointwise:
             quantizer = (x, x, 1.0, 0.0, 0.0)
-            if act_bits is not None:
-                A, C = duq.intervals(a_x, c_x)
-                quantizer = (A, C, float(steps(act_bits, signed)), -1.0 if signed else 0.0, offset)
-            partial = _pointwise(*tensors, *quantizer, QUANTIZE=act_bits is not None, **constants)
+            if bits is not None:
+                quantizer = (*duq.intervals(q.a, q.c), float(levels(bits, q.signed)), -1.0 if q.signed else 0.0, q.offset)
+            partial = _pointwise(*tensors, *quantizer, QUANTIZE=bits is not None, **constants)
         else:
-            partial = _depthwise(*tensors, (*kernel, *stride, *dilation, pads[2], pads[0]), pad_value, **constants)
+            left, _, top, _ = conv.pads
+            partial = _depthwise(*tensors, (*kernel, *conv.stride, *conv.dilation, top, left), conv.pad_value, **constants)
         return _finish(partial, eps)
 
 
@@ -172,14 +175,9 @@ def _amd() -> bool:
     return torch.version.hip is not None
 
 
-def _check(
-    x: Tensor, y_new: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], pads: list[int], dilation: list[int]
-) -> None:  # fmt: skip
+def _check(x: Tensor, y_new: Tensor, weight: Tensor, bias: Tensor | None, conv: Convolution) -> None:
     """A kernel would read past the end of what is too small."""
-    left, right, top, bottom = pads
-    out_h = (x.shape[2] + top + bottom - dilation[0] * (weight.shape[2] - 1) - 1) // stride[0] + 1
-    out_w = (x.shape[3] + left + right - dilation[1] * (weight.shape[3] - 1) - 1) // stride[1] + 1
-    expected = (x.shape[0], weight.shape[0], out_h, out_w)
+    expected = (x.shape[0], weight.shape[0], *conv.output_size("aiwq_conv2d", x, weight))
     if tuple(y_new.shape) != expected:
         raise ValueError(f"aiwq_conv2d: y_new must be this layer's output {expected}, got {tuple(y_new.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -16,36 +16,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .op import EPS, check_layer
+from .op import EPS
 
 ROWS = ("n", "mean_new", "m2_new", "mean_old", "m2_old")
-
-
-@torch.no_grad()
-def aiwq_conv2d_moments(
-    x: Tensor, y_new: Tensor, weight_old: Tensor, bias: Tensor | None = None, *,
-    padding: tuple[int, int, int, int] = (0, 0, 0, 0),
-    stride: tuple[int, int] = (1, 1), dilation: tuple[int, int] = (1, 1), groups: int = 1, pad_value: float = 0.0,
-    a_x: Tensor | None = None, c_x: Tensor | None = None, act_bits: int | None = None, signed: bool = False,
-    offset: float = 0.0, activation: str = "none",
-) -> Tensor:  # fmt: skip
-    """What `aiwq_conv2d` compares, as moments that can be pooled.
-
-    Args: as `aiwq_conv2d`, padding as (left, right, top, bottom).
-    Returns: [5, C_out] float64, rows as in `ROWS`.
-    """
-    rest = (a_x, c_x, act_bits, signed, offset, activation)
-    geometry = check_layer(
-        "aiwq_conv2d_moments", x, y_new, weight_old, bias, stride, padding, dilation, groups, pad_value, *rest
-    )
-    y_old = reference.old_output(x, y_new, weight_old, bias, *geometry, pad_value, *rest)
-    count = y_new.numel() // max(y_new.shape[1], 1)
-    rows = [y_new.new_full((y_new.shape[1],), count, dtype=torch.float64)]
-    for y in (y_new, y_old):
-        mean, variance = reference.moments(y)
-        # of a single value the unbiased variance is NaN, but it adds nothing to a pooled one
-        rows += [mean, variance * (count - 1) if count > 1 else torch.zeros_like(mean)]
-    return torch.stack(rows)
 
 
 def pool_moments(moments: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:

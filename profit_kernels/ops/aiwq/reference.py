@@ -9,13 +9,14 @@ Per output channel, mean and unbiased variance of new and old outputs over N, H,
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..depthwise.reference import pad, quantize_input
+from ...layer import Convolution, Norm, Quantizer
+from ..conv.reference import convolution
+from ..norm.reference import quantized_input
 
 
 def moments(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,18 +39,34 @@ def kl(y_new: Tensor, y_old: Tensor, eps: float) -> Tensor:
 
 
 def old_output(
-    x: Tensor, y_new: Tensor, weight_old: Tensor, bias: Tensor | None, stride: list[int], pads: list[int], dilation: list[int],
-    groups: int, pad_value: float, a_x: Tensor | None, c_x: Tensor | None, act_bits: int | None, signed: bool, offset: float,
-    activation: str,
-) -> Tensor:  # fmt: skip
-    """conv(pad(duq(act(x))), weight_old): x is the layer's raw input, as the layer itself takes it."""
+    x: Tensor, y_new: Tensor, norm: Norm | None, q: Quantizer, weight_old: Tensor, bias: Tensor | None, conv: Convolution
+) -> Tensor:
+    """conv(pad(duq(act(batch_norm(x)))), weight_old): x is the layer's raw input, as the layer itself takes it."""
     # In the dtype of y_new: under autocast the layer ran in bfloat16, and a float32 `old` would differ by the rounding alone.
-    dtype = y_new.dtype
-    qx = quantize_input(x, a_x, c_x, act_bits, signed, offset, activation).to(dtype)
-    bias = None if bias is None else bias.to(dtype)
-    return F.conv2d(pad(qx, pads, pad_value), weight_old.to(dtype), bias, stride, 0, dilation, groups)
+    return convolution(quantized_input(x, norm, q).to(y_new.dtype), weight_old, bias, conv)
 
 
-def conv_kl(x: Tensor, y_new: Tensor, weight_old: Tensor, *rest: Any) -> Tensor:
-    """KL of y_new from the old output; `rest` is that of `old_output`, then eps."""
-    return kl(y_new, old_output(x, y_new, weight_old, *rest[:-1]), rest[-1])
+def conv_kl(
+    x: Tensor, y_new: Tensor, norm: Norm | None, q: Quantizer, weight_old: Tensor, bias: Tensor | None, conv: Convolution,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """KL of y_new from the old output."""
+    return kl(y_new, old_output(x, y_new, norm, q, weight_old, bias, conv), eps)
+
+
+def conv_moments(
+    x: Tensor, y_new: Tensor, norm: Norm | None, q: Quantizer, weight_old: Tensor, bias: Tensor | None, conv: Convolution
+) -> Tensor:
+    """Moments [5, C], float64, of y_new and of the old output: rows as in pooled.ROWS."""
+    y_old = old_output(x, y_new, norm, q, weight_old, bias, conv)
+    return moment_rows(y_new, moments(y_new), moments(y_old))
+
+
+def moment_rows(y: Tensor, new: Iterable[Tensor], old: Iterable[Tensor]) -> Tensor:
+    """[5, C] from mean and unbiased variance of two outputs like y."""
+    count = y.numel() // max(y.shape[1], 1)
+    rows = [y.new_full((y.shape[1],), count, dtype=torch.float64)]
+    for mean, variance in (new, old):
+        # of a single value the unbiased variance is NaN, but it adds nothing to a pooled one
+        rows += [mean, variance * (count - 1) if count > 1 else torch.zeros_like(mean)]
+    return torch.stack(rows)

@@ -1,4 +1,4 @@
-"""Calls of the C++ kernels of DuQ (csrc/cpu/duq.cpp)."""
+"""Calls of the C++ kernels of DuQ (csrc/cpu/duq/duq.cpp)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ... import native
-from .reference import ACTIVATIONS, NO_CODE
+from ...layer import ACTIVATIONS
+from .reference import NO_CODE
 
 
 def forward(x: Tensor, a: Tensor, c: Tensor, bits: int, signed: bool, offset: float, activation: str) -> Tensor:

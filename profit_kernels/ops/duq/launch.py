@@ -8,8 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ...layer import levels
 from . import kernels
-from .reference import refuse_nan, steps
+from .reference import refuse_nan
 
 WARPS = 4
 FINISH_BLOCK = 256
@@ -84,7 +85,7 @@ class _Call:
         self.tiles = min(tiles, triton.next_power_of_2(triton.cdiv(inner, self.block)))
         blocks = triton.cdiv(inner, self.block * self.tiles)
         self.programs = self.channels * blocks
-        self.numbers = (inner, blocks, float(steps(bits, signed)), -1.0 if signed else 0.0, offset)
+        self.numbers = (inner, blocks, float(levels(bits, signed)), -1.0 if signed else 0.0, offset)
 
     def result(self, out: Tensor) -> Tensor:
         """`out` itself if the kernel can write to it in the order in which it walks, else a tensor to copy from."""

@@ -8,124 +8,57 @@ import torch
 from torch import Tensor
 
 from ... import dispatch
-from ...checks import check_quantizer
+from ...layer import check_quantizer, check_settings
+from ...registration import differentiable, differentiable_lists, operator
 from . import reference
 
 _SETTINGS = "int bits, bool signed, float offset, str activation"
 
-torch.library.define("profit_kernels::duq", f"(Tensor x, Tensor a, Tensor c, {_SETTINGS}) -> Tensor")
-torch.library.define(
-    "profit_kernels::duq_backward",
-    f"(Tensor grad, Tensor x, Tensor a, Tensor c, {_SETTINGS}) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define("profit_kernels::duq_codes", f"(Tensor x, Tensor a, {_SETTINGS}) -> Tensor")
-torch.library.define(
-    "profit_kernels::duq_weights", "(Tensor[] weights, Tensor[] a, Tensor[] c, int[] bits) -> Tensor[]"
-)
-# The gradients of all weights, then those of all a, then those of all c.
-torch.library.define(
-    "profit_kernels::duq_weights_backward",
-    "(Tensor[] grads, Tensor[] weights, Tensor[] a, Tensor[] c, int[] bits) -> Tensor[]",
-)
+
+def _duq(tensors, settings):
+    return dispatch.serving(__package__, "duq", tensors[0]).forward(*tensors, *settings)
 
 
-@torch.library.impl("profit_kernels::duq", "default")
-def _duq(x, *rest):
-    return dispatch.serving(__package__, "duq", x).forward(x, *rest)
+def _duq_backward(grad, tensors, settings, needed):
+    return dispatch.serving(__package__, "duq", tensors[0]).backward(grad, *tensors, *settings)
 
 
-@torch.library.impl("profit_kernels::duq_backward", "default")
-def _duq_backward(grad, x, *rest):
-    return dispatch.serving(__package__, "duq", x).backward(grad, x, *rest)
+_apply = differentiable(
+    "duq", f"Tensor x, Tensor a, Tensor c, {_SETTINGS}", _duq, _duq_backward,
+    fake=lambda tensors, settings: torch.empty_like(tensors[0]),
+    fake_backward=lambda grad, tensors, settings, needed: tuple(torch.empty_like(t) for t in tensors),
+    gradients="x a c", public="duq_fake_quantize",
+)  # fmt: skip
 
 
-@torch.library.impl("profit_kernels::duq_codes", "default")
-def _duq_codes(x, *rest):
-    return dispatch.serving(__package__, "duq_codes", x).codes(x, *rest)
+def _codes(tensors, settings):
+    return dispatch.serving(__package__, "duq_codes", tensors[0]).codes(*tensors, *settings)
+
+
+def _fake_codes(tensors, settings):
+    _, signed, *_ = settings
+    return torch.empty_like(tensors[0], dtype=torch.int8 if signed else torch.uint8)
+
+
+_apply_codes = operator("duq_codes", f"Tensor x, Tensor a, {_SETTINGS}", "Tensor", _codes, _fake_codes)
 
 
 def _serving_weights(weights):
     return dispatch.serving(__package__, "duq_weights", weights[0], triton="weights_launch")
 
 
-@torch.library.impl("profit_kernels::duq_weights", "default")
-def _duq_weights(weights, *rest):
+def _weights(weights, *rest):
     return _serving_weights(weights).weights_forward(weights, *rest)
 
 
-@torch.library.impl("profit_kernels::duq_weights_backward", "default")
-def _duq_weights_backward(grads, weights, *rest):
+def _weights_backward(grads, weights, *rest):
     return _serving_weights(weights).weights_backward(grads, weights, *rest)
 
 
-@torch.library.register_fake("profit_kernels::duq")
-def _(x, a, c, bits, signed, offset, activation):
-    return torch.empty_like(x)
-
-
-@torch.library.register_fake("profit_kernels::duq_backward")
-def _(grad, x, a, c, bits, signed, offset, activation):
-    return torch.empty_like(x), torch.empty_like(a), torch.empty_like(c)
-
-
-@torch.library.register_fake("profit_kernels::duq_codes")
-def _(x, a, bits, signed, offset, activation):
-    return torch.empty_like(x, dtype=torch.int8 if signed else torch.uint8)
-
-
-@torch.library.register_fake("profit_kernels::duq_weights")
-def _(weights, a, c, bits):
-    return [torch.empty_like(w) for w in weights]
-
-
-@torch.library.register_fake("profit_kernels::duq_weights_backward")
-def _(grads, weights, a, c, bits):
-    return [torch.empty_like(t) for t in (*weights, *a, *c)]
-
-
-def _setup_context(ctx, inputs, output):
-    x, a, c, *settings = inputs
-    ctx.save_for_backward(x, a, c)
-    ctx.settings = settings
-
-
-def _autograd(ctx, grad):
-    grads = torch.ops.profit_kernels.duq_backward(grad, *ctx.saved_tensors, *ctx.settings)
-    return *grads, None, None, None, None
-
-
-def no_double_backward(name: str):
-    """An autograd formula that says that `name` has none, instead of a gradient that is silently missing."""
-
-    def refuse(ctx, *grads):
-        raise RuntimeError(
-            f"{name} cannot be differentiated twice: its gradient is straight-through, not a function to derive"
-        )
-
-    return refuse
-
-
-def _setup_weights(ctx, inputs, output):
-    weights, a, c, bits = inputs
-    ctx.save_for_backward(*weights, *a, *c)
-    ctx.bits = bits
-
-
-def _autograd_weights(ctx, grads):
-    n = len(ctx.bits)
-    saved = ctx.saved_tensors
-    weights, a, c = saved[:n], saved[n : 2 * n], saved[2 * n :]
-    found = torch.ops.profit_kernels.duq_weights_backward(grads, weights, a, c, ctx.bits)
-    return found[:n], found[n : 2 * n], found[2 * n :], None
-
-
-def _register_autograd(name: str, public: str, formula, setup) -> None:
-    torch.library.register_autograd(f"profit_kernels::{name}", formula, setup_context=setup)
-    torch.library.register_autograd(f"profit_kernels::{name}_backward", no_double_backward(public))
-
-
-_register_autograd("duq", "duq_fake_quantize", _autograd, _setup_context)
-_register_autograd("duq_weights", "duq_fake_quantize_weights", _autograd_weights, _setup_weights)
+_apply_weights = differentiable_lists(
+    "duq_weights", "Tensor[] weights, Tensor[] a, Tensor[] c, int[] bits", _weights, _weights_backward,
+    lists=3, public="duq_fake_quantize_weights",
+)  # fmt: skip
 
 
 def duq_fake_quantize(
@@ -151,10 +84,11 @@ def duq_fake_quantize(
     Source: PROFIT (Park & Yoo, ECCV 2020), section 4.1; the gradients are in docs/maths.md, section 1.
     Under autocast x is taken in the dtype it comes in, and a, c stay in float32.
     """
-    check_quantizer("duq_fake_quantize", x, bits, signed, offset, activation, a=a, c=c)
+    check_settings("duq_fake_quantize", signed, offset, activation)
+    check_quantizer("duq_fake_quantize", x, bits, a=a, c=c)
     if dispatch.choose("duq", x) == "reference":  # plain PyTorch, so that torch.compile can fuse it
         return reference.duq(x, a, c, bits, signed, offset, activation)
-    return torch.ops.profit_kernels.duq(x, a, c, bits, signed, offset, activation)
+    return _apply(x, a, c, bits, signed, offset, activation)
 
 
 def duq_codes(
@@ -164,8 +98,9 @@ def duq_codes(
 
     Arguments as there. Raises ValueError if the input holds NaN, which has no code.
     """
-    check_quantizer("duq_codes", x, bits, signed, offset, activation, a=a)
-    return torch.ops.profit_kernels.duq_codes(x, a, bits, signed, offset, activation)
+    check_settings("duq_codes", signed, offset, activation)
+    check_quantizer("duq_codes", x, bits, a=a)
+    return _apply_codes(x, a, bits, signed, offset, activation)
 
 
 def duq_fake_quantize_weights(
@@ -192,7 +127,7 @@ def duq_fake_quantize_weights(
         )
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, w in enumerate(weights):
-        check_quantizer(f"{op}: weight {i}", w, widths[i], True, 0.0, "none", a=a[i], c=c[i])
+        check_quantizer(f"{op}: weight {i}", w, widths[i], a=a[i], c=c[i])
         groups.setdefault((w.device, w.dtype), []).append(i)
     result: list[Tensor] = list(weights)
     for members in groups.values():
@@ -207,4 +142,4 @@ def _quantize_group(weights: list[Tensor], a: list[Tensor], c: list[Tensor], bit
         # No kernel for lists here: one by one, each on the backend that serves it best.
         rows = zip(weights, a, c, bits, strict=True)
         return [duq_fake_quantize(w, a_i, c_i, bits=k, signed=True) for w, a_i, c_i, k in rows]
-    return torch.ops.profit_kernels.duq_weights(weights, a, c, bits)
+    return _apply_weights(weights, a, c, bits)

@@ -15,14 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...layer import ACTIVATIONS, levels
+
 SMALLEST = 2.0**-100  # of A and C: by an interval that underflows to 0 a quotient would be NaN
-ACTIVATIONS = ("none", "relu", "relu6", "hardswish")
 NO_CODE = "duq_codes: the input (or its interval) holds NaN, which has no integer code"
-
-
-def steps(bits: int, signed: bool) -> int:
-    """Number of quantization steps s between 0 and 1."""
-    return 2 ** (bits - 1) - 1 if signed else 2**bits - 1
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -73,13 +69,13 @@ def scaled(x: Tensor, A: Tensor, offset: float, activation: str) -> Tensor:
 
 
 def _round_clipped(u: Tensor, bits: int, signed: bool) -> Tensor:
-    return torch.round(u.clamp(-1.0 if signed else 0.0, 1.0) * steps(bits, signed))
+    return torch.round(u.clamp(-1.0 if signed else 0.0, 1.0) * levels(bits, signed))
 
 
 def forward(x: Tensor, a: Tensor, c: Tensor, bits: int, signed: bool, offset: float, activation: str) -> Tensor:
     """y, with the dtype and memory format of x."""
     A, C = interval(a, x), interval(c, x)
-    q = _round_clipped(scaled(x, A, offset, activation), bits, signed) / steps(bits, signed)
+    q = _round_clipped(scaled(x, A, offset, activation), bits, signed) / levels(bits, signed)
     y = C * q + offset
     # Not y.to(x.dtype) in any case: where that does nothing, torch.compile of torch 2.11 returns zero gradients.
     return y if y.dtype == x.dtype else y.to(x.dtype)
@@ -111,7 +107,7 @@ def backward(
     lo = -1.0 if signed else 0.0
     # A mask as a factor, as in the formulas; torch.where costs seven times as much on the CPU.
     inside = (u > lo) & (u < 1.0)
-    q = _round_clipped(u, bits, signed) / steps(bits, signed)
+    q = _round_clipped(u, bits, signed) / levels(bits, signed)
 
     gh = g * (C / A) * inside
     gx = gh * activate_grad(x.to(A.dtype), activation)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...layer import levels
 from . import weights_kernels as kernels
 from .launch import FINISH_BLOCK, WARPS, channels_outermost, dense, intervals, like, on_device
-from .reference import steps
 
 BLOCK = 1024
 
@@ -56,7 +56,7 @@ class _Layout:
         self.A, self.C = intervals(*self.raw, self.raw.shape[1])
         rows = zip(self.sources, self.counts, bits, strict=True)
         self.pieces, self.intervals = _tables(
-            tuple((w.data_ptr(), w.numel(), k, steps(b, True)) for w, k, b in rows),
+            tuple((w.data_ptr(), w.numel(), k, levels(b, True)) for w, k, b in rows),
             weights[0].element_size(), weights[0].device,
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 
 import profit_kernels as pk
 from profit_kernels import native
+from profit_kernels.layer import NO_QUANTIZER, Convolution, Quantizer
 from profit_kernels.ops.aiwq import cpp, reference
 from tests import tolerances
 from tests.ops.aiwq.closeness import assert_kl_close
@@ -81,7 +83,7 @@ def test_dead_and_broken_channels(rng, layout):
 
 
 def layer(rng, channels, outputs, groups, kernel, kind, stride=1, dtype=torch.float32):
-    """x, y_new, the old weight, bias and settings of a layer; its y_new comes from torch's own convolution."""
+    """The arguments of conv_kl for a layer without a norm; its y_new comes from torch's own convolution."""
     signed, offset, activation = kind
     x = torch.randn(3, channels, 11, 8, generator=rng).to(memory_format=torch.channels_last)
     w_old = torch.randn(outputs, channels // groups, kernel, kernel, generator=rng)
@@ -91,8 +93,8 @@ def layer(rng, channels, outputs, groups, kernel, kind, stride=1, dtype=torch.fl
     qx = pk.duq_fake_quantize(x, a, c, bits=4, signed=signed, offset=offset, activation=activation).to(dtype)
     padded = F.pad(qx, pads, value=offset)
     y_new = F.conv2d(padded, w_new.to(dtype), bias.to(dtype), stride, groups=groups)
-    rest = ([stride] * 2, pads, [1, 1], groups, offset, a, c, 4, signed, offset, activation, EPS)
-    return x, y_new, w_old, bias, *rest
+    conv = Convolution([stride] * 2, pads, [1, 1], groups, offset)
+    return x, y_new, None, Quantizer(a, c, 4, signed, offset, activation), w_old, bias, conv, EPS
 
 
 KINDS = [(False, -0.375, "hardswish"), (True, 0.0, "none"), (False, 0.0, "relu6")]
@@ -112,12 +114,9 @@ def test_layers_against_the_reference(rng, poisoned_empty, channels, outputs, gr
 
 @pytest.mark.parametrize(("channels", "outputs", "groups"), [(20, 20, 20), (8, 48, 1), (48, 8, 1)])
 def test_layers_without_an_input_quantizer(rng, channels, outputs, groups):
-    x, y_new, w_old, bias, *rest = layer(rng, channels, outputs, groups, 1, KINDS[1])
-    rest[5:8] = [None, None, None]
-    qx = F.hardswish(x)
-    rest[-2] = "hardswish"
-    y_new = F.conv2d(qx, w_old * 1.1, None, groups=groups)
-    arguments = (x, y_new, w_old, None, *rest)
+    x, _, norm, _, w_old, _, *rest = layer(rng, channels, outputs, groups, 1, KINDS[1])
+    y_new = F.conv2d(F.hardswish(x), w_old * 1.1, None, groups=groups)
+    arguments = (x, y_new, norm, replace(NO_QUANTIZER, activation="hardswish"), w_old, None, *rest)
     torch.testing.assert_close(cpp.conv_kl(*arguments), reference.conv_kl(*arguments), **tolerances.KL_CONV)
 
 
@@ -153,48 +152,48 @@ UPDATED = [  # channels, outputs, groups, kernel, stride
 def test_the_update_of_a_weight(rng, isa, channels, outputs, groups, kernel, stride, per_channel, changed):
     """Given the new weight too, kernels compute what changed; the answer is that of both whole outputs."""
     for kind in KINDS:
-        x, _, w, bias, *rest = layer(rng, channels, outputs, groups, kernel, kind, stride)
+        x, _, _, q, w, bias, conv, _ = layer(rng, channels, outputs, groups, kernel, kind, stride)
         scale = 0.02 + (torch.rand(outputs, 1, 1, 1, generator=rng) if per_channel else torch.rand(1, generator=rng)) * 0.1
         w_old, w_new = grid(rng, w.shape, scale, changed)
-        _, pads, _, _, pad_value, a, c, bits, signed, offset, activation, _ = rest
-        qx = pk.duq_fake_quantize(x, a, c, bits=bits, signed=signed, offset=offset, activation=activation)
-        padded = F.pad(qx, pads, value=pad_value)
+        qx = pk.duq_fake_quantize(x, q.a, q.c, bits=q.bits, signed=q.signed, offset=q.offset, activation=q.activation)
+        padded = F.pad(qx, conv.pads, value=conv.pad_value)
         y_new = F.conv2d(padded, w_new, bias, stride, groups=groups)
         for layout in (torch.channels_last, torch.contiguous_format):
-            arguments = (x.contiguous(memory_format=layout), y_new.contiguous(memory_format=layout), w_old, bias, *rest)
+            laid = (t.contiguous(memory_format=layout) for t in (x, y_new))
+            arguments = (*laid, None, q, w_old, bias, conv, EPS)
             found, expected = cpp.conv_kl(*arguments, weight_new=w_new), reference.conv_kl(*arguments)
             assert_kl_close(found, expected, padded, w_new, w_old, bias, stride, groups=groups)
 
 
 @pytest.mark.parametrize(("channels", "outputs", "groups", "kernel", "stride"), UPDATED)
 def test_without_an_update_there_is_no_instability(rng, channels, outputs, groups, kernel, stride):
-    x, y_new, w, bias, *rest = layer(rng, channels, outputs, groups, kernel, KINDS[0], stride)
-    assert not cpp.conv_kl(x, y_new, w, bias, *rest, weight_new=w.clone()).any()
+    x, y_new, *front, w, bias, conv, eps = layer(rng, channels, outputs, groups, kernel, KINDS[0], stride)
+    assert not cpp.conv_kl(x, y_new, *front, w, bias, conv, eps, weight_new=w.clone()).any()
 
 
 @pytest.mark.parametrize(("channels", "outputs", "groups", "kernel", "stride"), UPDATED)
 def test_an_update_with_nan_and_of_zero_weights(rng, channels, outputs, groups, kernel, stride):
-    x, y_new, w, bias, *rest = layer(rng, channels, outputs, groups, kernel, KINDS[1], stride)
+    x, y_new, *front, w, bias, conv, eps = layer(rng, channels, outputs, groups, kernel, KINDS[1], stride)
     broken = w.clone()
     broken[3, 0, 0, 0] = math.nan
-    kl = cpp.conv_kl(x, y_new, broken, bias, *rest, weight_new=w)
+    kl = cpp.conv_kl(x, y_new, *front, broken, bias, conv, eps, weight_new=w)
     assert kl[3].isnan() and kl.isnan().sum() == 1
     zero = torch.zeros_like(w)
     y_zero = bias.view(1, -1, 1, 1).expand(y_new.shape).contiguous()
-    assert not cpp.conv_kl(x, y_zero, zero, bias, *rest, weight_new=zero).any()
-    assert (cpp.conv_kl(x, y_zero, w, bias, *rest, weight_new=zero) > 1).all()
+    assert not cpp.conv_kl(x, y_zero, *front, zero, bias, conv, eps, weight_new=zero).any()
+    assert (cpp.conv_kl(x, y_zero, *front, w, bias, conv, eps, weight_new=zero) > 1).all()
 
 
 @pytest.mark.parametrize(("channels", "outputs", "groups", "kernel", "stride"), UPDATED)
 def test_an_update_with_any_number_of_threads(rng, channels, outputs, groups, kernel, stride):
-    x, y_new, w, bias, *rest = layer(rng, channels, outputs, groups, kernel, KINDS[0], stride)
+    x, y_new, *front, w, bias, conv, eps = layer(rng, channels, outputs, groups, kernel, KINDS[0], stride)
     w_old, w_new = grid(rng, w.shape, torch.tensor(0.1), 0.05)
     before, level, results = torch.get_num_threads(), torch.ops.profit_cpu.isa(), []
     try:
         for threads, limit in ((1, level), (2, level), (3, level), (1, 0), (1, 1)):
             torch.set_num_threads(threads)
             torch.ops.profit_cpu.limit_isa(limit)
-            results.append(cpp.conv_kl(x, y_new, w_old, bias, *rest, weight_new=w_new))
+            results.append(cpp.conv_kl(x, y_new, *front, w_old, bias, conv, eps, weight_new=w_new))
     finally:
         torch.set_num_threads(before)
         torch.ops.profit_cpu.limit_isa(level)
@@ -203,25 +202,23 @@ def test_an_update_with_any_number_of_threads(rng, channels, outputs, groups, ke
 
 def test_one_weight_gives_zero(rng):
     """The kernels sum in the order of the forward kernel: the same weight gives the same bits."""
-    x, _, w, bias, *rest = layer(rng, 20, 20, 20, 3, KINDS[0])
-    stride, pads, dilation, _, pad_value, a, c, bits, signed, offset, activation, eps = rest
+    x, _, norm, q, w, bias, conv, eps = layer(rng, 20, 20, 20, 3, KINDS[0])
     with pk.use_backend("cpp", ops=["duq_depthwise"]):
         y = pk.duq_depthwise_conv2d(
-            x, w, a, c, None, None, bias, stride=stride, padding=pads, dilation=dilation, act_bits=bits, weight_bits=None,
-            signed=signed, offset=offset, activation=activation,
+            x, w, q.a, q.c, None, None, bias, stride=conv.stride, padding=conv.pads, act_bits=q.bits, weight_bits=None,
+            signed=q.signed, offset=q.offset, activation=q.activation,
         )  # fmt: skip
-    assert not cpp.conv_kl(x, y, w, bias, *rest).any()
+    assert not cpp.conv_kl(x, y, norm, q, w, bias, conv, eps).any()
 
 
 @pytest.mark.parametrize(("channels", "outputs", "groups"), [(20, 20, 20), (8, 48, 1), (48, 8, 1)])
 def test_nan_and_a_single_sample(rng, channels, outputs, groups):
-    x, y_new, w_old, bias, *rest = layer(rng, channels, outputs, groups, 1, KINDS[1])
+    x, y_new, *rest = layer(rng, channels, outputs, groups, 1, KINDS[1])
     y_new[1, 3, 2, 2] = math.nan
-    arguments = (x, y_new, w_old, bias, *rest)
-    kl = cpp.conv_kl(*arguments)
+    kl = cpp.conv_kl(x, y_new, *rest)
     assert kl[3].isnan() and kl.isnan().sum() == 1
-    one = (x[:1, :, :1, :1], y_new[:1, :, :1, :1], w_old, bias, *rest)
-    assert cpp.conv_kl(*one).isnan().all()
+    one = (x[:1, :, :1, :1], y_new[:1, :, :1, :1])
+    assert cpp.conv_kl(*one, *rest).isnan().all()
 
 
 @pytest.mark.parametrize(("channels", "outputs", "groups", "kernel"), [(70, 70, 70, 3), (8, 48, 1, 1)])
@@ -259,5 +256,19 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(RuntimeError, match=r"\[N, C, H, W\]"):
         torch.ops.profit_cpu.aiwq_moments(y[0])
     with pytest.raises(RuntimeError, match="shape of the layer's output"):
-        quantizer = (None, None, None, False, 0.0, "none")
-        cpp.conv_kl(y, y, torch.ones(3, 1, 3, 3), None, [1, 1], [0] * 4, [1, 1], 3, 0.0, *quantizer, EPS)
+        conv = Convolution([1, 1], [0] * 4, [1, 1], 3, 0.0)
+        cpp.conv_kl(y, y, None, NO_QUANTIZER, torch.ones(3, 1, 3, 3), None, conv, EPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("channels", "outputs", "groups", "kernel"), [(20, 20, 20, 3), (8, 48, 1, 1), (8, 12, 2, 3)])
+def test_moments_to_be_pooled(rng, poisoned_empty, channels, outputs, groups, kernel, dtype):
+    x, y_new, *rest, _ = layer(rng, channels, outputs, groups, kernel, KINDS[0], dtype=dtype)
+    found, expected = cpp.conv_moments(x, y_new, *rest), reference.conv_moments(x, y_new, *rest)
+    assert found.dtype == torch.float64 and found.shape == (5, outputs)
+    assert torch.equal(found[0], expected[0])
+    tolerance = tolerances.KL_CONV if dtype == torch.float32 else tolerances.KL_CONV_HALF
+    torch.testing.assert_close(pk.kl_of_pooled(found), pk.kl_of_pooled(expected), **tolerance)
+    one = (x[:1, :, :1, :1], y_new[:1, :, :1, :1])
+    if kernel == 1:
+        assert not cpp.conv_moments(*one, *rest)[[2, 4]].any()

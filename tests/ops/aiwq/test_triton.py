@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import profit_kernels as pk
+from profit_kernels.layer import Quantizer
 from profit_kernels.ops.aiwq import reference
 from profit_kernels.ops.aiwq.op import EPS
+from profit_kernels.ops.norm.reference import quantized_input
 from tests import tolerances
 from tests.ops.aiwq.closeness import assert_kl_close
 
@@ -128,7 +130,7 @@ def layer(
     b = torch.randn(cout, generator=rng) if bias else None
     a, c = torch.randn(1, generator=rng), torch.randn(1, generator=rng)
     pads = [padding] * 4 if isinstance(padding, int) else list(padding)
-    qx = reference.quantize_input(x, a, c, act_bits, signed, offset, activation)
+    qx = quantized_input(x, None, Quantizer(a, c, act_bits, signed, offset, activation))
     settings = {"stride": stride, "padding": pads, "dilation": dilation, "groups": groups, "pad_value": offset}
     quantizer = {"act_bits": act_bits, "signed": signed, "offset": offset, "activation": activation, "a_x": a, "c_x": c}
     b_cast = None if b is None else b.to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from profit_kernels.layer import levels
 from profit_kernels.ops.duq import reference
 from tests.interpreter import round_as_a_device
 
@@ -99,7 +100,7 @@ def test_hardswish(rng):
 @pytest.mark.parametrize("offset", [0.0, -0.375])
 def test_value_of_every_code_of_every_width(rng, offset):
     codes, steps = [], []
-    for s in sorted({reference.steps(bits, signed) for bits in range(2, 9) for signed in (False, True)}):
+    for s in sorted({levels(bits, signed) for bits in range(2, 9) for signed in (False, True)}):
         codes.append(torch.arange(-s, s + 1).float())
         steps.append(torch.full((2 * s + 1,), float(s)))
     code, s = torch.cat(codes), torch.cat(steps)

@@ -1,0 +1,1 @@
+"""Damaged recipes, results, weights, checkpoints, exports and images: how the commands end."""

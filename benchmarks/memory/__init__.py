@@ -1,0 +1,3 @@
+"""Bytes kept for the backward, and the peak of a training step."""
+
+MEASURES = True

@@ -1,0 +1,3 @@
+"""The operators, forward and backward, on the layer shapes of the networks."""
+
+MEASURES = True

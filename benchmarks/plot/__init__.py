@@ -1,0 +1,1 @@
+"""CSV and picture of the JSON files that the measuring suites wrote."""

@@ -1,0 +1,1 @@
+"""2 and 4 processes against 1: ranking, frozen sets, losses."""

@@ -1,0 +1,3 @@
+"""A whole training step of a network."""
+
+MEASURES = True

@@ -1,0 +1,1 @@
+"""BatchNorm with the activation and the quantizer behind it: the input side of a layer."""
