@@ -24,18 +24,17 @@ from profit.report import write_report
 from profit.train.network import METADATA_KEY, load_network, read_weights
 from profit.train.runs import open_run
 from tests.profit.report_sample import sample_results
+from tests.profit.signing import signed
 from tests.profit.train.tiny_run import tiny_recipe
 
 
 def tampered(source, target, **changes):
     """A weight file whose architecture says something else, with a checksum that fits."""
-    tensors = load_file(source)
     with safe_open(source, "pt") as file:
         description = json.loads(file.metadata()[METADATA_KEY])
     description["architecture"].update(changes)
-    description["sha256"] = ""
-    description["sha256"] = sha256_of_tensors(json.dumps(description), tensors)
-    save_file(tensors, target, {METADATA_KEY: json.dumps(description)})
+    tensors = load_file(source)
+    save_file(tensors, target, {METADATA_KEY: signed(json.dumps(description), tensors)})
     return target
 
 
@@ -189,8 +188,8 @@ def repacked(source, target, change):
     tensors = load_file(source)
     text = change(zlib.decompress(tensors["description"].numpy().tobytes()))
     tensors["description"] = torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
-    checksum = sha256_of_tensors(f"{packed.FORMAT} {packed.VERSION}", tensors)
-    head = {"format": packed.FORMAT, "version": packed.VERSION, "sha256": checksum}
+    digest = sha256_of_tensors(f"{packed.FORMAT} {packed.VERSION}", tensors)
+    head = {"format": packed.FORMAT, "version": packed.VERSION, "sha256": digest}
     save_file(tensors, target, {packed.METADATA_KEY: json.dumps(head)})
     return target
 
