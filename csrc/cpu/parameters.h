@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -34,12 +35,11 @@ struct Quantizer {
   bool is_ordinary() const { return T(0x1p-60) < A && A < T(0x1p60); }
 };
 
-// As torch.nn.functional.softplus of a double: the identity above 20. A float goes through double, so that every backend has
-// the same bits, which decide the codes. At least 2^-100, in every backend: by an interval of 0 a quotient would be NaN.
-template <typename T>
-T softplus(T v) {
-  const T value = v > T(20) ? v : static_cast<T>(std::log1p(std::exp(static_cast<double>(v))));
-  return value < T(0x1p-100) ? T(0x1p-100) : value;  // a NaN stays
+// As torch.nn.functional.softplus of a double: the identity above 20. Through double, so that every backend has the same bits,
+// which decide the codes. At least 2^-100, in every backend: by an interval of 0 a quotient would be NaN.
+inline float softplus(float v) {
+  const float value = v > 20.0f ? v : static_cast<float>(std::log1p(std::exp(static_cast<double>(v))));
+  return value < 0x1p-100f ? 0x1p-100f : value;  // a NaN stays
 }
 
 inline double sigmoid(double v) { return 1.0 / (1.0 + std::exp(-v)); }
@@ -60,7 +60,18 @@ std::vector<T> values(const Tensor& raw) {
   return std::vector<T>(data, data + same.numel());
 }
 
-// Gradient of the raw parameter, dL/draw = dL/dsoftplus * sigmoid(raw), from the channel sums. Returned like raw.
+// A or C. In double they come ready made, where no wider type is left to make their last bits the same (ops/duq/cpp.py).
+template <typename T>
+std::vector<T> intervals(const Tensor& parameter) {
+  std::vector<T> result = values<T>(parameter);
+  if constexpr (std::is_same_v<T, float>) {
+    std::transform(result.begin(), result.end(), result.begin(), softplus);
+  }
+  return result;
+}
+
+// Gradient of the raw parameter, dL/draw = dL/dsoftplus * sigmoid(raw), from the channel sums; in double that of A or C itself.
+// Returned like raw.
 template <typename T>
 Tensor parameter_grad(const Tensor& raw, const std::vector<double>& per_channel) {
   const std::vector<T> v = values<T>(raw);
@@ -71,7 +82,7 @@ Tensor parameter_grad(const Tensor& raw, const std::vector<double>& per_channel)
   Tensor grad = torch::stable::empty(raw.sizes(), scalar_type<T>());
   T* g = static_cast<T*>(grad.mutable_data_ptr());
   for (size_t i = 0; i < v.size(); ++i) {
-    g[i] = static_cast<T>(total[i] * sigmoid(static_cast<double>(v[i])));
+    g[i] = static_cast<T>(std::is_same_v<T, double> ? total[i] : total[i] * sigmoid(v[i]));
   }
   return raw.scalar_type() == scalar_type<T>() ? grad : torch::stable::to(grad, raw.scalar_type());
 }
