@@ -31,7 +31,7 @@ PIP := PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(PY) -m pip
 DEMO := runs/digits_w4a4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all gpu lint build install clean
+.PHONY: help demo test test-all test-isa gpu lint build install clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -45,6 +45,14 @@ test: $(STAMP) ## the tests that are not marked slow
 
 test-all: $(STAMP) ## all tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
+
+ISA_TESTS := tests/ops tests/golden tests/profit/test_block.py tests/profit/test_block_training.py tests/profit/export
+
+test-isa: $(STAMP) ## the tests that could depend on the processor, held to AVX2 and to baseline
+	PROFIT_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
+	    $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow" -k "not triton" $(PYTEST_ARGS) $(ISA_TESTS)
+	PROFIT_CPU_ISA=baseline ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 \
+	    $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow" -k "not triton" $(PYTEST_ARGS) $(ISA_TESTS)
 
 # Installs nothing and needs no network: it runs with the environment above where it exists, else with the python3 there is.
 gpu: ## on a machine with a GPU: its tests and benchmarks, in 9 minutes; OUT=folder for the results

@@ -144,11 +144,11 @@ def model_problem(name: str, args: Mapping[str, Any], setting: str = "model.name
         if key not in known:
             near = get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(sorted(known))}"
-            return f"model.args do not fit {name}: {key!r} is not among those that a recipe may set; {hint}"
+            return f"model.args.{key}={_short(value)}: no recipe may set that of {name}; {hint}"
         if not _fits(value, known[key]):
             wanted = {float: "a number", int: "a whole number", bool: "true or false"}.get(known[key])
             wanted = wanted or f"one of {', '.join(map(repr, known[key]))}"
-            return f"model.args do not fit {name}: {key} must be {wanted}, not {_short(value)}"
+            return f"model.args.{key}={_short(value)}: {name} takes {wanted}"
     return None
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.missing import line
 from tests.seeds import BASE_SEED, seed_of
 
 # Without a GPU the Triton kernels run under Triton's interpreter; it must be chosen before Triton is imported.
@@ -28,7 +29,11 @@ collect_ignore = [] if HAS_TIMM else [
 
 
 def pytest_report_header() -> list[str]:
-    lines = [f"PROFIT_TEST_SEED={BASE_SEED} (fresh random data; set it to repeat a run)"]
+    from profit_kernels import native  # after the choice of Triton's interpreter
+
+    kernels = native.features() or native.why_missing()
+    lines = [f"processor: torch with {torch.backends.cpu.get_cpu_capability()}; C++ kernels: {kernels}"]
+    lines += [f"PROFIT_TEST_SEED={BASE_SEED} (fresh random data; set it to repeat a run)"]
     return lines if HAS_TIMM else [*lines, f"timm is not installed: left out are {', '.join(collect_ignore)}"]
 
 
@@ -91,6 +96,10 @@ def pytest_terminal_summary(terminalreporter) -> None:
                 row = totals.setdefault(label, [0] * 5)
                 for i, count in enumerate((1, *counts)):
                     row[i] += count
+    skipped = terminalreporter.getreports("skipped")
+    reasons = [report.longrepr[2] for report in skipped if isinstance(report.longrepr, tuple)]
+    if absent := line(reasons):
+        terminalreporter.line(absent)
     if totals:
         terminalreporter.section("codes against the reference")
     for label, (cases, total, inside, differing_inside, outside) in sorted(totals.items()):

@@ -107,6 +107,8 @@ EXPORT_CONV64 = {"rtol": 1e-9, "atol": 1e-9}
 EXPORT_FLOAT32_LOGITS = {"rtol": 0.02, "atol": 0.05}
 # onnxruntime in float32 against the runtime in float64, all codes equal: float sums between the layers and in the last one.
 EXPORT_FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
+# A linear layer of integers, of outputs up to 1.5: a product with a float32 scale and a sum with a float32 bias.
+ONNX_LINEAR = {"rtol": 0, "atol": 1e-6}
 # One operator in onnxruntime against PyTorch in float32, behind and in front of a 1x1 convolution.
 ONNX_OPERATOR = {"rtol": 1e-5, "atol": 1e-5}
 # Logits of a converted network in full precision, relative L2: BatchNorm inside the consumer rounds in another order, and a

@@ -32,7 +32,7 @@ def inventory(dataset: Any, root: str | Path | None, images: int) -> dict[str, A
 
     Args:
         dataset: of timm or torchvision. Its files are the images it lists; the shards of a webdataset; of a torchvision set
-            whose images lie in one file, what is in its folder. Of others (hfds, tfds) nothing is known: the digest is None.
+            whose images lie in one file, what is in its folder. Of others nothing is known: the digest is None.
         root: the folder that names are relative to.
         images: their number, where they are not files of their own.
     """

@@ -9,6 +9,7 @@ from torch import Tensor
 from .bits import pack
 from .network import INT32_MAX, ActivationCodes, Layer, Network, Step
 from .onnx_operators import Graph, bound, clip, hardswish, pad
+from .pairs import has_signed_weights, stored
 
 _FIRST_OPSET = {4: 21, 2: 25}  # of the types narrower than a byte
 # How far from a rounding edge, in steps, float32 sums may move a value. Measured: below 2e-6 at 4 bits (docs/export.md); at
@@ -16,6 +17,8 @@ _FIRST_OPSET = {4: 21, 2: 25}  # of the types narrower than a byte
 FLOAT32_STEPS = 1e-3
 # A layer keeps float sums where a bias rounded to integers could move the next codes' values further than this, in steps.
 MAX_BIAS_STEPS = 0.05
+# Of unsigned weights in the file; QLinearConv wants the same one for all channels.
+WEIGHT_ZERO = 128
 
 
 def container(bits: int, opset: int) -> int:
@@ -53,15 +56,22 @@ class ExactLayers:
             high = min(high, 6.0 - q.offset) if layer.activation == "relu6" else high
         if q.offset:
             x = graph.add("Sub", [x, graph.constant(f"{run}/offset", q.offset)], f"{run}/shifted")
-        saturates = high == q.interval and q.bits == self.width(q.bits)  # at the upper end; the lower may be one code off
+        saturates = high == q.interval and self.saturates(q)  # at the upper end; the lower may be one code off
         x = bound(graph, x, low, None if saturates else high, f"{run}/clipped")
         return self.dequantize(self.quantize(x, f"{run}/codes", run, q), run, layer)
+
+    def saturates(self, q: ActivationCodes) -> bool:
+        """Whether the largest code is that of its type."""
+        return q.bits == self.width(q.bits)
+
+    def zero(self, run: str, q: ActivationCodes) -> str:
+        """What stands for code 0, in the type of the codes."""
+        return self.graph.typed(f"{run}/zero", f"{'INT' if q.signed else 'UINT'}{self.width(q.bits)}", [], b"\0")
 
     def quantize(self, x: str, output: str, run: str, q: ActivationCodes) -> str:
         """Codes as `output`: rounded half to even and saturated."""
         scale = self.graph.constant(f"{run}/A", q.interval / q.steps)
-        zero = self.graph.typed(f"{run}/zero", f"{'INT' if q.signed else 'UINT'}{self.width(q.bits)}", [], b"\0")
-        return self.graph.add("QuantizeLinear", [x, scale, zero], output)
+        return self.graph.add("QuantizeLinear", [x, scale, self.zero(run, q)], output)
 
     def dequantize(self, codes: str, run: str, layer: Layer) -> str:
         """C/s times the codes; plus d where the border is real 0 (padding="zero")."""
@@ -76,22 +86,30 @@ class ExactLayers:
         if layer.weight_bits is None:
             return self.float_weight(layer)
         codes, scale = positive_scales(layer.weight, input_free_scale(layer))
-        return self.typed_weight(layer, codes, scale, self.width(layer.weight_bits))
+        return self.typed_weight(layer, codes, scale)
 
     def float_weight(self, layer: Layer) -> str:
         """Plain floats in the file, shaped as :meth:`typed_weight` gives them."""
         weight = layer.weight.double() * _along_channels(input_free_scale(layer), layer.weight)
         return self.graph.constant(f"{layer.name}/weight", weight if layer.type == "conv" else weight.T)
 
-    def typed_weight(self, layer: Layer, codes: Tensor, scale: Tensor, width: int) -> str:
+    def typed_weight(self, layer: Layer, codes: Tensor, scale: Tensor) -> str:
         """Codes in the file, dequantized per output channel: dimension 0, or 1 of a linear layer's [C_in, C_out]."""
         graph, name = self.graph, f"{layer.name}/weight"
         if f"{name}/scale" not in graph.initializers:  # else the layer runs a second time
             codes = codes if layer.type == "conv" else codes.T
-            typed = graph.typed(f"{name}/codes", f"INT{width}", list(codes.shape), pack(codes, width).numpy().tobytes())
-            scales = graph.constant(f"{name}/scale", scale)
-            graph.add("DequantizeLinear", [typed, scales], name, axis=0 if layer.type == "conv" else 1)
+            inputs = [self.weight_codes(layer, codes), graph.constant(f"{name}/scale", scale), *self.weight_zero(layer)]
+            graph.add("DequantizeLinear", inputs, name, axis=0 if layer.type == "conv" else 1)
         return name
+
+    def weight_codes(self, layer: Layer, codes: Tensor) -> str:
+        width = self.width(layer.weight_bits)
+        data = pack(codes, width).numpy().tobytes()
+        return self.graph.typed(f"{layer.name}/weight/codes", f"INT{width}", list(codes.shape), data)
+
+    def weight_zero(self, layer: Layer) -> list[str]:
+        """What stands for weight code 0 in each channel; nothing where it is 0."""
+        return []
 
     def bias(self, layer: Layer) -> str:
         return self.graph.constant(f"{layer.name}/bias", layer.bias)
@@ -119,6 +137,10 @@ class IntegerLayers(ExactLayers):
 
     QLinearConv takes its bias as a whole number of `sx * sw`. Weight codes are therefore multiplied by the largest whole
     number that keeps them within 8 bits, and sw divided by it: 18 for 4-bit codes, so that the bias is 18 times finer.
+
+    The file is right on every x86 processor (:mod:`profit.export.pairs`). Input codes are unsigned, the smallest being 0:
+    onnxruntime would turn signed ones into unsigned ones around 128, which are larger. Weights are signed, which is
+    fastest, behind inputs of up to 7 bits, and unsigned behind 8 bits, where pairs of products could saturate.
     """
 
     def __init__(self, graph: Graph, network: Network) -> None:
@@ -132,6 +154,12 @@ class IntegerLayers(ExactLayers):
 
     def width(self, bits: int) -> int:
         return 8
+
+    def saturates(self, q: ActivationCodes) -> bool:
+        return stored(q.steps, q) == 255
+
+    def zero(self, run: str, q: ActivationCodes) -> str:
+        return self.graph.constant(f"{run}/zero", stored(0, q), np.uint8)
 
     def add(self, step: Step, run: str, layer: Layer) -> None:
         reason = self.why_float(step, run, layer)
@@ -169,13 +197,13 @@ class IntegerLayers(ExactLayers):
         if x not in self.integer_sums or layer.codes is None:
             return super().input(x, run, layer)
         graph, q = self.graph, layer.codes
-        low, high = q.low, q.steps
+        high = q.steps
         if layer.activation == "relu6":
             high = min(high, int(np.rint(np.float32(6.0) / np.float32(q.interval / q.steps))))
-        if (low, high) == (0, 255):
+        if stored(high, q) == 255:
             return self.dequantize(self.quantize(x, f"{run}/codes", run, q), run, layer)
         codes = self.quantize(x, f"{run}/wide", run, q)
-        ends = [graph.constant(f"{run}/{n}", v, np.int8 if q.signed else np.uint8) for n, v in (("low", low), ("high", high))]
+        ends = [graph.constant(f"{run}/{n}", stored(v, q), np.uint8) for n, v in (("low", q.low), ("high", high))]
         return self.dequantize(graph.add("Clip", [codes, *ends], f"{run}/codes"), run, layer)
 
     def weight(self, layer: Layer) -> str:
@@ -185,7 +213,17 @@ class IntegerLayers(ExactLayers):
         if layer.type == "conv":
             finer = self.refinement[layer.name]
             codes, scale = (codes.long() * _along_channels(finer, codes)).to(torch.int8), scale / finer
-        return self.typed_weight(layer, codes, scale, 8)
+        return self.typed_weight(layer, codes, scale)
+
+    def weight_codes(self, layer: Layer, codes: Tensor) -> str:
+        if has_signed_weights(layer):
+            return super().weight_codes(layer, codes)
+        return self.graph.constant(f"{layer.name}/weight/codes", codes.short() + WEIGHT_ZERO, np.uint8)
+
+    def weight_zero(self, layer: Layer) -> list[str]:
+        if has_signed_weights(layer):
+            return []
+        return [self.graph.constant(f"{layer.name}/weight/zero", np.full(len(layer.weight), WEIGHT_ZERO), np.uint8)]
 
     def bias(self, layer: Layer) -> str:
         if layer.name not in self.refinement:

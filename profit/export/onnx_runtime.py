@@ -164,12 +164,19 @@ def with_given_codes(proto: Any, shapes: dict[str, tuple[int, ...]]) -> Any:
 
 
 def codes_on(running: Any, images: Tensor, given: Codes) -> Codes:
-    """Codes that a session of :func:`with_given_codes` computes, every layer on the given codes in front of it."""
+    """The codes of :func:`outputs_on` alone."""
+    return outputs_on(running, images, given)[1]
+
+
+def outputs_on(running: Any, images: Tensor, given: Codes) -> tuple[Tensor, Codes]:
+    """(output, codes) that a session of :func:`with_given_codes` computes, every layer on the given codes in front of it."""
     names = list(given)
     feeds = {f"{name}/given": value.float().numpy() for name, value in given.items()}
     with _refusals():
-        outputs = running.run([f"{name}/seen" for name in names], {"input": images.float().numpy(), **feeds})
-    return {name: torch.from_numpy(value).round().to(torch.int32) for name, value in zip(names, outputs, strict=True)}
+        wanted = ["output", *(f"{name}/seen" for name in names)]
+        output, *seen = running.run(wanted, {"input": images.float().numpy(), **feeds})
+    codes = {name: torch.from_numpy(value).round().to(torch.int32) for name, value in zip(names, seen, strict=True)}
+    return torch.from_numpy(output), codes
 
 
 def describe(counts: Iterable[tuple[str, int]]) -> str:

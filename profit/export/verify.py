@@ -30,7 +30,7 @@ from .network import Network
 from .onnx_export import build_onnx
 from .onnx_layers import FLOAT32_STEPS, bias_rounding
 from .onnx_operators import require
-from .onnx_runtime import codes_on, describe, executed, load_onnx, run, session, with_given_codes
+from .onnx_runtime import describe, executed, load_onnx, outputs_on, run, session, with_given_codes
 from .packed import read_packed
 from .runtime import IntegerRuntime
 from .trace import trace_network
@@ -38,6 +38,9 @@ from .trace import trace_network
 MODEL, EXACT, RUNTIME, ONNX, PROGRAM = (
     "model", "model in float64", "integer runtime", "onnxruntime", "exported program",
 )  # fmt: skip
+
+# How far outputs of the same codes may lie apart, as a share of the largest: float32 sums, and biases rounded to integers.
+LAST, LAST_ROUNDED, TINY = 1e-4, 2e-2, 1e-6
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Verification:
         outputs: largest absolute difference of the outputs, by what was compared: "onnxruntime / model" and the like.
         top1: (images that get the same class from both, images), by the same names.
         correct: images classified correctly, by name, where labels were given.
+        last_differing: outputs of onnxruntime that differ from the runtime's on the same codes in front of the last layer.
         executed: what onnxruntime runs. notes: what could not be compared, and why.
     """
 
@@ -61,6 +65,7 @@ class Verification:
     outputs: dict[str, float] = field(default_factory=dict)
     top1: dict[str, tuple[int, int]] = field(default_factory=dict)
     correct: dict[str, int] = field(default_factory=dict)
+    last_differing: int = 0
     executed: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -74,6 +79,8 @@ class Verification:
                     f"{comparison.what}: layer {row.name!r}: {row.differing} of {row.codes} codes differ, "
                     f"up to {row.farthest:.2g} of a step from a rounding edge"
                 )
+        if self.last_differing:
+            found.append(f"{ONNX}: {self.last_differing} outputs differ on the same codes in front of the last layer")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,9 +225,20 @@ class _Network(_Check):
         outputs[ONNX] = run(self.free, images)
         if self.given is None:
             self.given = session(with_given_codes(self.proto, {name: tuple(c.shape) for name, c in codes.items()}))
-        for name, own in codes_on(self.given, images, codes).items():
+        last, seen = outputs_on(self.given, images, codes)
+        self._compare_last(last.double(), outputs[RUNTIME].double())
+        for name, own in seen.items():
             self.onnxruntime.add(name, self.layers[name], inputs[name], own, codes[name])
         return outputs
+
+    def _compare_last(self, output: Tensor, expected: Tensor) -> None:
+        """What follows the last codes shows in the output alone: both of them on the same codes."""
+        if output.shape != expected.shape:
+            raise ExportError(f"{self.path} gives {list(output.shape)} numbers, the model {list(expected.shape)}")
+        share = LAST_ROUNDED if self.onnxruntime.allowed_at else LAST
+        allowed = share * float(expected.abs().max()) + TINY
+        excess = (output - expected).abs() - allowed
+        self.result.last_differing += int((~(excess <= 0)).sum())  # NaN differs
 
 
 class _Packed(_Network):

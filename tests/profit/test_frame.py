@@ -121,7 +121,8 @@ def test_streams_that_are_closed_full_or_ascii(tmp_path) -> None:
         no_space = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, timeout=60)
     assert no_space.returncode == 2 and no_space.stderr.startswith("error: no space left") and no_space.stderr.count("\n") == 1
     ascii_only = process("train", "recipes/n\u00f6.yaml", PYTHONIOENCODING="ascii")
-    assert ascii_only.returncode == 2 and ascii_only.stderr == "error: there is no recipe recipes/n\\xf6.yaml\n"
+    assert ascii_only.returncode == 2 and ascii_only.stderr.startswith("error: there is no recipe recipes/n\\xf6.yaml")
+    assert ascii_only.stderr.count("\n") == 1
 
 
 def test_an_argument_that_is_no_text() -> None:

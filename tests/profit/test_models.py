@@ -51,7 +51,7 @@ def test_timm_models_by_name() -> None:
     ("name", "args", "message"),
     [
         ("mobilenetv3_smal_050", {}, "did you mean mobilenetv3_small_050"),
-        ("digits_mobilenetv3", {"widht": 2}, "model.args do not fit digits_mobilenetv3"),
+        ("digits_mobilenetv3", {"widht": 2}, "model.args.widht=2: no recipe may set that .* mean width"),
         ("mobilenetv2_100", {"num_classes": 4}, "model.args cannot hold num_classes: the data decides it, or model.classes"),
         ("digits_mobilenetv3", {"width": 100}, "width must lie in"),
     ],

@@ -50,16 +50,26 @@ void check(const Tensor& x, const Tensor& a, const Tensor* c, int64_t bits, Acti
   }
 }
 
-// A quantizer per channel; without c (codes do not depend on it) the scale is that of c = 0.
+// A or C. In double they come ready made, where no wider type is left to make their last bits the same (ops/duq/cpp.py).
+template <typename T>
+std::vector<T> intervals(const Tensor& parameter) {
+  std::vector<T> result = values<T>(parameter);
+  if constexpr (std::is_same_v<T, float>) {
+    std::transform(result.begin(), result.end(), result.begin(), softplus);
+  }
+  return result;
+}
+
+// A quantizer per channel; without c (codes do not depend on it) the scale is 1.
 template <typename T>
 std::vector<Quantizer<T>> quantizers(const Tensor& a, const Tensor* c, int64_t bits, const Settings& settings) {
-  const std::vector<T> A = values<T>(a), C = c == nullptr ? std::vector<T>{T(0)} : values<T>(*c);
+  const std::vector<T> A = intervals<T>(a), C = c == nullptr ? std::vector<T>{T(1)} : intervals<T>(*c);
   const size_t count = A.empty() || C.empty() ? 0 : std::max(A.size(), C.size());  // 0: x has no channels
   std::vector<Quantizer<T>> result;
   result.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     result.emplace_back(
-        softplus(A[A.size() > 1 ? i : 0]), softplus(C[C.size() > 1 ? i : 0]), bits, settings.is_signed, settings.offset);
+        A[A.size() > 1 ? i : 0], C[C.size() > 1 ? i : 0], bits, settings.is_signed, settings.offset);
   }
   return result;
 }

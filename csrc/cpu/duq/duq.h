@@ -12,7 +12,8 @@ namespace profit::cpu {
 using torch::stable::Tensor;
 
 // x: any shape and strides, float32 / bfloat16 / float16 / float64. a, c: the raw parameters, one value or one per index
-// of dimension 0 of x, taken as float32 (float64 with a float64 x). Returns y like x: dtype, memory format.
+// of dimension 0 of x, taken as float32; with a float64 x, in all functions here, the float64 A and C that they stand for.
+// Returns y like x: dtype, memory format.
 Tensor duq_forward(
     Tensor x, Tensor a, Tensor c, int64_t bits, bool is_signed, double offset, int64_t activation);
 

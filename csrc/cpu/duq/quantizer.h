@@ -37,12 +37,11 @@ struct Quantizer {
   bool is_ordinary() const { return cpu::is_ordinary(A); }
 };
 
-// As torch.nn.functional.softplus of a double: the identity above 20. A float goes through double, so that every backend has
-// the same bits, which decide the codes. At least 2^-100, in every backend: by an interval of 0 a quotient would be NaN.
-template <typename T>
-T softplus(T v) {
-  const T value = v > T(20) ? v : static_cast<T>(std::log1p(std::exp(static_cast<double>(v))));
-  return value < T(0x1p-100) ? T(0x1p-100) : value;  // a NaN stays
+// As torch.nn.functional.softplus of a double: the identity above 20. Through double, so that every backend has the same bits,
+// which decide the codes. At least 2^-100, in every backend: by an interval of 0 a quotient would be NaN.
+inline float softplus(float v) {
+  const float value = v > 20.0f ? v : static_cast<float>(std::log1p(std::exp(static_cast<double>(v))));
+  return value < 0x1p-100f ? 0x1p-100f : value;  // a NaN stays
 }
 
 }  // namespace profit::cpu

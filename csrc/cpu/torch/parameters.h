@@ -31,7 +31,8 @@ std::vector<T> values(const Tensor& raw) {
   return std::vector<T>(data, data + same.numel());
 }
 
-// Gradient of the raw parameter, dL/draw = dL/dsoftplus * sigmoid(raw), from the channel sums. Returned like raw.
+// Gradient of the raw parameter, dL/draw = dL/dsoftplus * sigmoid(raw), from the channel sums; in double that of A or C itself.
+// Returned like raw.
 template <typename T>
 Tensor parameter_grad(const Tensor& raw, const std::vector<double>& per_channel) {
   const std::vector<T> v = values<T>(raw);
@@ -42,7 +43,7 @@ Tensor parameter_grad(const Tensor& raw, const std::vector<double>& per_channel)
   Tensor grad = torch::stable::empty(raw.sizes(), scalar_type<T>());
   T* g = static_cast<T*>(grad.mutable_data_ptr());
   for (size_t i = 0; i < v.size(); ++i) {
-    g[i] = static_cast<T>(total[i] * sigmoid(static_cast<double>(v[i])));
+    g[i] = static_cast<T>(std::is_same_v<T, double> ? total[i] : total[i] * sigmoid(v[i]));
   }
   return raw.scalar_type() == scalar_type<T>() ? grad : torch::stable::to(grad, raw.scalar_type());
 }

@@ -153,6 +153,16 @@ def test_any_shape_stride_dtype_and_width(shape, dtype, bits, kind, order, per_c
 
 
 @needs_library
+@pytest.mark.parametrize(("signed", "offset", "activation"), INPUTS)
+def test_float64_in_more_channels_than_a_vector_has_lanes(rng, isa, signed, offset, activation):
+    """Softplus of float64 differs in its last bits between torch's vector lanes and libm: the intervals must not."""
+    for _ in range(20):
+        x, grad = (torch.randn(67, 3, generator=rng).double() * 3 for _ in range(2))
+        a, c = torch.randn(67, generator=rng).double(), torch.randn(67, generator=rng).double()
+        compare(x, a, c, grad, 8, signed, offset, activation)
+
+
+@needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_number_of_threads_changes_no_bit(rng, dtype):
     x, grad = (torch.randn(6, 70001, generator=rng).to(dtype) for _ in range(2))

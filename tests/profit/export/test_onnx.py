@@ -10,12 +10,11 @@ from torch import nn
 
 import profit
 from profit.errors import ExportError
-from profit.export.compare import Comparison, layers_by_run
 from profit.export.network import Network, Step
 from profit.export.onnx_export import build_onnx
-from profit.export.onnx_layers import FLOAT32_STEPS, bias_rounding, container, rounded_bias_steps
+from profit.export.onnx_layers import bias_rounding, container, rounded_bias_steps
 from profit.export.onnx_operators import TRANSLATIONS
-from profit.export.onnx_runtime import codes_on, executed, load_onnx, run, session, with_given_codes
+from profit.export.onnx_runtime import executed, load_onnx, run, session, with_given_codes
 from profit.export.operators import OPERATORS
 from profit.export.runtime import IntegerRuntime
 from profit.export.trace import trace_network
@@ -23,27 +22,11 @@ from profit_kernels.testing import BandReport
 from tests.profit.conversion_nets import Between
 from tests.tolerances import EXPORT_FLOAT32, ONNX_OPERATOR
 
+from .against_runtime import compared
 from .nets import Edges, images, quantized, randomised
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
-
-
-def compared(network, x, proto, allowed=None):
-    """onnxruntime against the runtime, every layer on the same codes."""
-    codes, inputs = {}, {}
-
-    def keep(name, value, own):
-        codes[name], inputs[name] = own, value
-        return own
-
-    IntegerRuntime(network)(x, keep)
-    running = session(with_given_codes(proto, {name: tuple(c.shape) for name, c in codes.items()}))
-    comparison, layers = Comparison("onnxruntime", FLOAT32_STEPS, allowed or {}), layers_by_run(network)
-    for name, own in codes_on(running, x, codes).items():
-        comparison.add(name, layers[name], inputs[name], own, codes[name])
-    assert set(comparison.layers) == set(layers) and not comparison.failures()
-    return comparison
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +98,7 @@ def test_integer_kernels(traced):
     kinds = executed(proto)
     assert kinds["QLinearConv"] + kinds["MatMulIntegerToFloat"] == len(network.layers) - len(float_layers)
     assert kinds["MatMulIntegerToFloat"] == 1 and kinds["QLinearConv"] >= 1 and kinds["ConvInteger"] == 0
+    assert types(proto, "/zero") == {"UINT8"}, "codes are unsigned"
     for name, reader in (("expand", "wide"), ("wide", "project")):
         why = float_layers.pop(name, "")  # by chance: where the random BatchNorm behind it has a large factor
         steps = rounded_bias_steps(network.layers[name], network.layers[reader])

@@ -118,6 +118,48 @@ def _scaled(tensor, factor):
     return onnx.numpy_helper.from_array((onnx.numpy_helper.to_array(tensor) * factor).astype("float32"), tensor.name)
 
 
+@pytest.mark.parametrize("name", ["net.onnx", "integer.onnx"])
+def test_what_follows_the_last_codes_is_seen_in_the_output(name, files, tmp_path):
+    folder, model, x = files
+    last = [n for n, _ in model.named_modules() if isinstance(_, nn.Linear)][-1]
+    for factor in (1.5, float("nan")):
+        proto = load_onnx(folder / name)
+        for tensor in proto.graph.initializer:
+            if tensor.name.startswith(last) and tensor.data_type == 1 and tensor.name.endswith("bias"):
+                tensor.CopyFrom(_scaled(tensor, factor))
+        (tmp_path / "bad.onnx").write_bytes(proto.SerializeToString())
+        assert any("outputs differ on the same codes" in f for f in profit.verify(tmp_path / "bad.onnx", model, [x]).failures())
+
+
+def _loop(proto):
+    proto.graph.node[0].op_type = "Loop"
+
+
+def _elsewhere(proto):
+    proto.graph.initializer[0].external_data.add(key="location", value="/etc/passwd")
+
+
+DAMAGES = {
+    "an endless loop": (_loop, "was not written by profit export: its node .* is a ONNX 'Loop'"),
+    "another file": (_elsewhere, "was not written by profit export: its tensor .* lies in another file"),
+    "no opset": (lambda proto: proto.ClearField("opset_import"), "is not a readable ONNX file"),
+    "huge": (lambda proto: proto.graph.initializer[0].dims.extend([10**6] * 3), "not a readable ONNX file|refuses the model"),
+    "no input": (lambda proto: proto.graph.ClearField("input"), "its input and output are not"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_an_onnx_file_of_other_origin_is_one_line(name, files, tmp_path):
+    folder, model, x = files
+    damage, message = DAMAGES[name]
+    proto = load_onnx(folder / "net.onnx")
+    damage(proto)
+    (tmp_path / "bad.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(ExportError, match=message) as caught:
+        profit.verify(tmp_path / "bad.onnx", model, [x])
+    assert "\n" not in str(caught.value)
+
+
 def test_files_and_images_that_cannot_be_used(files, tmp_path):
     folder, model, x = files
     messages = {"net.bin": "only .safetensors", "none.onnx": "there is no ONNX", "none.safetensors": "no packed file"}

@@ -19,19 +19,22 @@ from profit.cli import main
 from profit.errors import CheckpointError, ExportError, ProfitError
 from profit.export import packed
 from profit.export.onnx_runtime import load_onnx
+from profit.files import sha256_of_tensors
 from profit.report import write_report
 from profit.train.network import METADATA_KEY, load_network, read_weights
 from profit.train.runs import open_run
 from tests.profit.report_sample import sample_results
+from tests.profit.signing import signed
 from tests.profit.train.tiny_run import tiny_recipe
 
 
 def tampered(source, target, **changes):
-    """A weight file whose architecture says something else."""
+    """A weight file whose architecture says something else, with a checksum that fits."""
     with safe_open(source, "pt") as file:
         description = json.loads(file.metadata()[METADATA_KEY])
     description["architecture"].update(changes)
-    save_file(load_file(source), target, {METADATA_KEY: json.dumps(description)})
+    tensors = load_file(source)
+    save_file(tensors, target, {METADATA_KEY: signed(json.dumps(description), tensors)})
     return target
 
 
@@ -185,7 +188,8 @@ def repacked(source, target, change):
     tensors = load_file(source)
     text = change(zlib.decompress(tensors["description"].numpy().tobytes()))
     tensors["description"] = torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
-    head = {"format": packed.FORMAT, "version": packed.VERSION, "sha256": packed._digest(tensors)}
+    digest = sha256_of_tensors(f"{packed.FORMAT} {packed.VERSION}", tensors)
+    head = {"format": packed.FORMAT, "version": packed.VERSION, "sha256": digest}
     save_file(tensors, target, {packed.METADATA_KEY: json.dumps(head)})
     return target
 
@@ -250,8 +254,8 @@ def test_onnx_files_of_strangers(onnx_file, finished, tmp_path, alarm, refused):
         proto.functions.add(name="f", domain="x")
 
     for change, message in (
-        (outside, "keeps weights in other files"), (outside_in_a_node, "keeps weights in other files"),
-        (custom, "domain 'evil.example'"), (loop, "operator 'Loop'"), (function, "operators of its own"),
+        (outside, "lies in another file"), (outside_in_a_node, "lies in another file"),
+        (custom, "is a evil.example"), (loop, "is a ONNX 'Loop'"), (function, "it holds functions"),
     ):  # fmt: skip
         proto = onnx.load_model(onnx_file)
         change(proto)
@@ -259,7 +263,7 @@ def test_onnx_files_of_strangers(onnx_file, finished, tmp_path, alarm, refused):
         path.write_bytes(proto.SerializeToString())
         with pytest.raises(ExportError, match=message):
             load_onnx(path)
-    assert "operators of its own" in refused("verify", path, "--against", finished)
+    assert "it holds functions" in refused("verify", path, "--against", finished)
     with pytest.raises(ExportError, match="there is no ONNX file"):
         load_onnx("http://127.0.0.1:9/net.onnx")
 

@@ -14,8 +14,7 @@ from profit.errors import CheckpointError, ExportError
 from profit.train.checkpoint import load_checkpoint, save_checkpoint
 from profit.train.network import Architecture, load_network, network_state, read_weights, save_network
 from profit.train.teacher import own_teacher
-
-from .test_hostile_files import signed
+from tests.profit.signing import signed
 
 FLIPS = 64
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pickle
@@ -17,6 +16,7 @@ from profit.models import create_model
 from profit.train.network import Architecture, load_network, load_weights, read_weights, save_network
 from profit.train.recipe_io import apply_overrides, load_recipe, parse_recipe
 from profit.train.teacher import load_teacher
+from tests.profit.signing import signed
 
 BOMB = "a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True))
 TEXTS = {
@@ -124,20 +124,6 @@ def network(tmp_path_factory):
     path = tmp_path_factory.mktemp("network") / "model.safetensors"
     save_network(path, model, architecture, {})
     return path
-
-
-def signed(text, tensors):
-    """A description with the checksum that it and the tensors need, computed as docs/files.md says; itself if it has none."""
-    try:
-        description = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    if not isinstance(description, dict) or "sha256" not in description:
-        return text
-    digest = hashlib.sha256(json.dumps(description | {"sha256": ""}).encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)} ".encode() + value.numpy().tobytes())
-    return json.dumps(description | {"sha256": digest.hexdigest()})
 
 
 def rewritten(source, target, change):

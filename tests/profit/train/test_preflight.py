@@ -34,12 +34,12 @@ CASES = {
     "data set": (["data.name=my/images"], "my/images"),
     "head 0": (["model.args.head=0"], "model.args.head=0: the network cannot be used"),
     "head -1": (["model.args.head=-1"], "model.args.head=-1: the network cannot be used"),
-    "head text": (["model.args.head=1e9"], "model.args.head='1e9': the network cannot be used"),
+    "head text": (["model.args.head=1e9"], "model.args.head='1e9': digits_mobilenetv3 takes a whole number"),
     "head large": (["model.args.head=1000000000"], "model.args.head=1000000000: the network cannot be used: out of memory"),
     "rate": (["schedule.lr=1e308"], "schedule.lr must be above 0 and at most 1e+30"),
     "nan": (["model.args.drop_rate=.nan"], "model.args.drop_rate must be a finite number, got nan"),
     "date": (["model.args.drop_rate=2020-01-01"], "model.args.drop_rate must be a number"),
-    "half a letter": (['run.name="\\ud800"'], "run.name is no text"),
+    "half a letter": (['run.name="\\ud800"'], "is no text that a file could hold"),
     "tag": (["data.fold=!!map [1]"], "holds a value that cannot be read"),
 }
 
