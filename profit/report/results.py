@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,10 +124,35 @@ def read_finished(run_dir: str | Path) -> dict[str, Any]:
     return raw
 
 
-def check_phases(phases: Any) -> None:
-    """Raises ValueError, naming the place, where `phases` is not what results.json holds under this name."""
-    _check_plain(phases, "phases")
-    _complete(phases, [_PHASE], "phases")
+# What the trainer computes with, of the phases that are over and of the epochs of the one that runs.
+_NEEDED = {"phases": _FINISHED["phases"], "history": ("accuracy", "train_loss", "test_loss")}
+
+
+def check_measured(measured: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the place, where the measurements in a checkpoint are not what a run measures.
+
+    Args:
+        measured: phases and history as in results.json (the history is that of the running phase), aiwq or None, and by
+            name best (accuracies in percent) and frozen_stage (whole numbers).
+    """
+    names = ("phases", "history", "aiwq", "best", "frozen_stage")
+    _check_plain({name: measured[name] for name in names}, "")
+    _complete(measured, {"phases": [_PHASE], "history": [_HISTORY], "aiwq": _RESULTS["aiwq"]}, "")
+    for name, keys in _NEEDED.items():
+        for index, entry in enumerate(measured[name]):
+            _check_complete(entry or {}, keys, f"{name}[{index}]")
+    scores = measured["aiwq"]["scores"] if measured["aiwq"] else {}
+    named = {"best": _PERCENT, "frozen_stage": _COUNT, "aiwq.scores": _NUMBER}
+    for name, kind in named.items():
+        values = scores if name == "aiwq.scores" else measured[name]
+        _complete(values, dict.fromkeys(values, kind), name)
+        _check_complete(values, tuple(values), name)
+
+
+def _check_complete(entry: Mapping[str, Any], keys: tuple[str, ...], where: str) -> None:
+    absent = [key for key in keys if entry.get(key) is None]
+    if absent:
+        raise _Malformed(f"{where}.{absent[0]} is missing")
 
 
 def _raw(path: Path) -> dict[str, Any]:

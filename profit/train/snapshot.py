@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from profit.aiwq import AIWQMonitor
 from profit.checks import first_line
 from profit.errors import CheckpointError
-from profit.report.results import check_phases
+from profit.report.results import check_measured
 from profit.schedule import PhaseSchedule
 from profit.train.ema import ModelEma
 from profit.train.network import Architecture, load_weights, network_state
@@ -135,7 +135,7 @@ def _wrong(state: Mapping[str, Any]) -> str | None:
     if state["aiwq"] is not None and not isinstance(state["aiwq"].get("scores"), dict):
         return "aiwq.scores is missing or of another type"
     try:
-        check_phases(state["phases"])
+        check_measured(state)
     except ValueError as error:
         return str(error)
     return None

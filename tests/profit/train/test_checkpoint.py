@@ -11,6 +11,7 @@ import torch
 
 from profit.errors import CheckpointError, ProfitError
 from profit.files import write_atomic
+from profit.report.results import check_measured
 from profit.train import load_checkpoint, save_checkpoint
 from profit.train.checkpoint import checkpoints, prune
 
@@ -109,3 +110,19 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path) -> None:
     assert [path.name for path in checkpoints(tmp_path)] == ["epoch-00009", "epoch-00010"]
     assert (tmp_path / "best.json").exists() and not list(tmp_path.glob(".*"))
     assert not (tmp_path / "epoch-00002.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "value"),
+    [
+        ("best", {"best W4A4": "many"}), ("best", {"best W4A4": None}), ("frozen_stage", {"conv": "a"}),
+        ("history", [{"accuracy": "x"}]), ("history", [None]), ("phases", [{"name": "fp"}]),
+        ("aiwq", {"scores": {"conv": "x"}}), ("aiwq", {"scores": {"conv": None}}),
+    ],
+)  # fmt: skip
+def test_measurements_of_another_type_are_told_by_their_place(section, value) -> None:
+    """A checkpoint may be crafted, with a checksum that fits."""
+    measured = {"phases": [], "history": [], "aiwq": None, "best": {"best W4A4": 50.0}, "frozen_stage": {"conv": 1}}
+    check_measured(measured)
+    with pytest.raises(ValueError, match=section):
+        check_measured({**measured, section: value})
