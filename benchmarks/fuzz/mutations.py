@@ -50,7 +50,7 @@ def damaged_values(tree: Any, random: Random) -> tuple[Any, str]:
         return tree, "nothing to change"
     # deep places are many: without this, sections would hardly ever be hit
     depth = random.randint(1, 8)
-    chosen = [place for place in places if place[2].count(".") <= depth]
+    chosen = [place for place in places if place[2].count(".") <= depth] or places
     holder, key, where = random.choice(chosen)
     kind = random.choice(("extreme",) * 6 + ("delete", "rename", "twice", "deep", "text"))
     if kind == "extreme":

@@ -47,7 +47,11 @@ def _yaml(data: bytes, random: Random) -> tuple[bytes, str]:
     if random.random() < 0.35:
         return mutations.damaged_bytes(data, random)
     tree, what = mutations.damaged_values(yaml.safe_load(data), random)
-    return yaml.safe_dump(tree, allow_unicode=False).encode("utf-8", "surrogatepass"), what
+    try:
+        text = yaml.safe_dump(tree, allow_unicode=False)
+    except RecursionError:  # YAML's writer gives up earlier than JSON's, which is YAML too
+        text = json.dumps(tree)
+    return text.encode("utf-8", "surrogatepass"), what
 
 
 def _json(data: bytes, random: Random) -> tuple[bytes, str]:

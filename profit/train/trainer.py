@@ -348,6 +348,7 @@ class Trainer:
         content = self._write_results()
         if self.rank:
             return content
+        prune(self.folder / CHECKPOINTS, self.recipe.run.keep_checkpoints)  # the writing of the last may have been broken off
         save_network(self.folder / MODEL, self.model, self.architecture, content["final"])
         write_report(self.folder)  # after all that cannot be made again
         return content

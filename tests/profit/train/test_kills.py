@@ -15,7 +15,7 @@ import yaml
 
 from profit.errors import ProfitError
 from profit.train import load_checkpoint, load_recipe, save_checkpoint, train
-from profit.train.checkpoint import prune
+from profit.train.checkpoint import checkpoints, prune
 from profit.train.runs import locked
 
 from .tiny_run import VALUES, tiny_recipe
@@ -149,3 +149,16 @@ def test_a_full_disk_is_one_line_and_the_run_carries_on_after_it(tmp_path, monke
     assert not list(folder.rglob(".*.tmp"))
     monkeypatch.setattr("profit.report.write_report", lambda folder: folder)
     assert train(load_recipe(folder), folder, resume=True, quiet=True)["run"]["finished"]
+
+
+def test_a_last_checkpoint_that_was_broken_off_is_put_in_its_place(tmp_path) -> None:
+    """Killed after its .json, before its tensors got their name: the run has nothing left to train."""
+    recipe = tiny_recipe()
+    train(recipe, tmp_path / "run", quiet=True)
+    folder = tmp_path / "run" / "checkpoints"
+    expected = sorted(path.name for path in folder.iterdir())
+    newest = checkpoints(folder)[-1].name
+    (folder / f"{newest}.safetensors").rename(folder / f".{newest}.safetensors.new")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    train(recipe, tmp_path / "run", resume=True, quiet=True)
+    assert sorted(path.name for path in folder.iterdir()) == expected
