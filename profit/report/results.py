@@ -138,6 +138,11 @@ def check_measured(measured: Mapping[str, Any]) -> None:
     names = ("phases", "history", "aiwq", "best", "frozen_stage")
     _check_plain({name: measured[name] for name in names}, "")
     _complete(measured, {"phases": [_PHASE], "history": [_HISTORY], "aiwq": _RESULTS["aiwq"]}, "")
+    for name in ("phases", "history", "best"):
+        try:
+            json.dumps(measured[name], allow_nan=False)
+        except ValueError:
+            raise _Malformed(f"{name} holds NaN or infinity, which results.json cannot") from None
     for name, keys in _NEEDED.items():
         for index, entry in enumerate(measured[name]):
             _check_complete(entry or {}, keys, f"{name}[{index}]")

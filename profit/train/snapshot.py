@@ -5,6 +5,7 @@ What is drawn at random is a function of seed and epoch, so no generator is stor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +126,8 @@ def _wrong(state: Mapping[str, Any]) -> str | None:
     for name, kinds in _KINDS.items():
         if name not in state or not isinstance(state[name], kinds) or isinstance(state[name], bool):
             return f"{name} is missing or of another type"
+        if isinstance(state[name], float) and not math.isfinite(state[name]):
+            return f"{name} is {state[name]}"
     position = state["position"]
     if not isinstance(position.get("epoch"), int) or not isinstance(position.get("schedule"), dict):
         return "position is of another type"

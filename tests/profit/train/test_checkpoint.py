@@ -117,6 +117,7 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path) -> None:
     [
         ("best", {"best W4A4": "many"}), ("best", {"best W4A4": None}), ("frozen_stage", {"conv": "a"}),
         ("history", [{"accuracy": "x"}]), ("history", [None]), ("phases", [{"name": "fp"}]),
+        ("best", {"best W4A4": float("nan")}), ("history", [{"accuracy": float("inf"), "train_loss": 1.0, "test_loss": 1.0}]),
         ("aiwq", {"scores": {"conv": "x"}}), ("aiwq", {"scores": {"conv": None}}),
     ],
 )  # fmt: skip
