@@ -50,9 +50,9 @@ ISA_TESTS := tests/ops tests/golden tests/profit/test_block.py tests/profit/test
 
 test-isa: $(STAMP) ## the tests that could depend on the processor, held to AVX2 and to baseline
 	PROFIT_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 \
-	    $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow" -k "not triton" $(PYTEST_ARGS) $(ISA_TESTS)
+	    $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow" -k "not triton and not test_static" $(PYTEST_ARGS) $(ISA_TESTS)
 	PROFIT_CPU_ISA=baseline ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 \
-	    $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow" -k "not triton" $(PYTEST_ARGS) $(ISA_TESTS)
+	    $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow" -k "not triton and not test_static" $(PYTEST_ARGS) $(ISA_TESTS)
 
 # Installs nothing and needs no network: it runs with the environment above where it exists, else with the python3 there is.
 gpu: ## on a machine with a GPU: its tests and benchmarks, in 9 minutes; OUT=folder for the results
